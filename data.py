@@ -1,0 +1,654 @@
+"""From files on disk to batches of people: datasets, image reading, sampling, augmentation.
+
+A ReID set is three lists of `Record(path, pid, camid)`:
+
+    train     images whose identities (pid, relabelled 0, 1, 2 ...) the network may learn
+    query     images of other people; each asks "where else was this person seen?"
+    gallery   the images to search; some belong to nobody of interest
+
+Two pids of the gallery are special in Market-1501, and beginners mix them up: **-1 is junk** (boxes
+neither good nor bad; dropped when the set is read), **0 is a distractor** (a false alarm of the
+detector; kept: it can only hurt). camid is the camera's number minus one, never relabelled, because
+the protocol compares cameras between query and gallery.
+
+Worker processes only decode and resize to uint8. Everything random is drawn per sample, in tensors,
+on the device that trains, from a generator seeded by (seed, step): a run that resumes at step n
+draws what the uninterrupted run drew. Read `load_dataset`, `PKSampler`, `FineTuneTransform`.
+"""
+
+import argparse
+import difflib
+import io
+import math
+import mmap
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from synthetic import make_synthetic
+
+
+class InputError(ValueError):
+    """Something the user can mend: the scripts print it as one line, without a traceback."""
+
+    def __str__(self) -> str:  # a loader's worker wraps the message in its traceback; keep the last line
+        return super().__str__().rstrip().rpartition("\n")[2].removeprefix("data.InputError: ")
+
+
+class Record(NamedTuple):
+    """One image. pid: identity, -1 when unlabelled. camid: camera, counted from 0."""
+
+    path: str
+    pid: int
+    camid: int
+
+
+def closest(name: str, names: Sequence[str]) -> str:
+    """The names most like a mistyped one, or all of them when none is."""
+    return ", ".join(difflib.get_close_matches(name.lower(), names, 3, 0.4) or names)
+
+
+@dataclass
+class Dataset:
+    """Three lists of records. has_cameras: False when each image counts as its own camera."""
+
+    name: str
+    root: Path
+    train: Sequence[Record]
+    query: Sequence[Record]
+    gallery: Sequence[Record]
+    has_cameras: bool = True
+    note: str = ""
+
+
+# ---------------------------------------------------------------------------------------------
+# Datasets: what lies on disk, and the published counts it must match
+# ---------------------------------------------------------------------------------------------
+
+MARKET_SPLITS = ("bounding_box_train", "query", "bounding_box_test")
+
+
+class Layout(NamedTuple):
+    """Where a public set lies, how its names read, what was published, where to ask for it."""
+
+    folders: tuple[str, ...]             # usual names below --data-root
+    pattern: str                         # groups: pid, camera
+    counts: dict[str, tuple[int, int]]   # split -> (identities, images)
+    cameras: int
+    ask: str                             # nothing is ever downloaded: most sets need a signed agreement
+
+
+MARKET_NAME, NUMBERED_NAME = r"(-1|\d{4})_c(\d)", r"(-1|\d+)_c(\d+)"
+
+# Counts from the sets' own files or their readmes; PersonX's identities are derived (images / views).
+LAYOUTS = {
+    "market1501": Layout(
+        ("Market-1501-v15.09.15", "market1501", "Market-1501"), MARKET_NAME,
+        {"train": (751, 12_936), "query": (750, 3_368), "gallery": (751, 15_913)}, 6,
+        "its authors' page (search 'Market-1501 dataset'); research only"),
+    "dukemtmc-reid": Layout(
+        ("DukeMTMC-reID", "dukemtmc-reid"), MARKET_NAME,
+        {"train": (702, 16_522), "query": (702, 2_228), "gallery": (1_110, 17_661)}, 8,
+        "nobody: the set was withdrawn in 2019 over privacy"),
+    "occluded-duke": Layout(
+        ("Occluded_Duke", "occluded-duke"), MARKET_NAME,
+        {"train": (702, 15_618), "query": (519, 2_210), "gallery": (1_110, 17_661)}, 8,
+        "name lists at lightas/Occluded-DukeMTMC-Dataset; the images were withdrawn with DukeMTMC"),
+    "personx": Layout(
+        ("PersonX", "personx", "personx/subset1"), NUMBERED_NAME,
+        {"train": (410, 9_840), "query": (856, 5_136), "gallery": (856, 30_816)}, 6,
+        "github.com/sxzrt/Instructions-of-the-PersonX-dataset"),
+    "cuhk03-np-labeled": Layout(
+        ("cuhk03-np/labeled", "cuhk03_np/labeled", "labeled"), NUMBERED_NAME,
+        {"train": (767, 7_368), "query": (700, 1_400), "gallery": (700, 5_328)}, 2,
+        "github.com/zhunzhong07/person-re-ranking (new protocol)"),
+    "cuhk03-np-detected": Layout(
+        ("cuhk03-np/detected", "cuhk03_np/detected", "detected"), NUMBERED_NAME,
+        {"train": (767, 7_365), "query": (700, 1_400), "gallery": (700, 5_332)}, 2,
+        "github.com/zhunzhong07/person-re-ranking (new protocol)"),
+    "msmt17": Layout(
+        ("MSMT17_V1", "MSMT17_V2", "MSMT17", "msmt17"), r"\d+_\d+_(\d+)_",
+        {"train": (1_041, 32_621), "query": (3_060, 11_659), "gallery": (3_060, 82_161)}, 15,
+        "the owners at pkuvmc.com; research only"),
+    "synthetic": Layout(("synthetic",), NUMBERED_NAME, {}, 0, "make_synthetic draws it"),
+}
+NAMES = sorted([*LAYOUTS, "cuhk03-np", "folder", "luperson"])
+
+
+def load_dataset(name: str, root: str | Path = "data", train_only: bool = False) -> Dataset:
+    """Read one ReID set below `root` (the data folder, or the set's own), print and check its counts.
+
+    name: one of NAMES, or the path of any folder of crops. "cuhk03-np" is its labeled half,
+    "synthetic" is drawn on first use, "folder" is any tree of Market-style names, "luperson"
+    unlabelled crops: a folder, or a text list of paths. train_only: MSMT17 without the val list.
+    Raises InputError when the set is missing, empty, or its names do not parse.
+    """
+    root = Path(root)
+    if name not in NAMES and Path(name).exists():
+        name, root = "folder" if Path(name).is_dir() else "luperson", Path(name)
+    name = {"cuhk03-np": "cuhk03-np-labeled"}.get(name, name)
+    if name not in NAMES:
+        raise InputError(f"no dataset or folder is called {name!r}; did you mean {closest(name, NAMES)}?")
+    if name == "synthetic" and not (root / name).exists() and not (root / "query").exists():
+        print(f"drawing synthetic people into {root / name}")
+        make_synthetic(root / name)
+    if name == "luperson":
+        dataset = load_unlabelled(root)
+    elif name == "folder":
+        dataset = load_folder(root)
+    elif name == "msmt17":
+        dataset = load_msmt17(root, train_only)
+    else:
+        dataset = load_market_style(name, root)
+    print(describe(dataset, train_only), flush=True)
+    return dataset
+
+
+def find_folder(name: str, root: Path, inside: Sequence[str]) -> Path:
+    """The first usual place that holds one of the folders or files `inside`, or a helpful error."""
+    folders = LAYOUTS[name].folders
+    places = [root, *(root / f for f in folders), *(root / name / f for f in folders)]
+    for place in places:
+        if any((place / i).exists() for i in inside):
+            return place
+    raise InputError(
+        f"{name} not found: no {' or '.join(inside)} in {', '.join(map(str, dict.fromkeys(places)))}. "
+        f"Expected {root / folders[0]}/{{{','.join(inside)}, ...}}. Ask for it at: {LAYOUTS[name].ask}. "
+        f"(--dataset synthetic needs no data; --data-root names another folder)")
+
+
+def list_images(folder: Path, recursive: bool = False) -> list[str]:
+    """Sorted image paths: by file name within a folder, so that no file system decides the order."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    suffixes = (".jpg", ".jpeg", ".png", ".bmp")  # Market's folders also hold Thumbs.db
+    found = []
+    for here, folders, files in os.walk(folder):
+        folders[:] = sorted(folders) if recursive else []
+        found += [os.path.join(here, f) for f in sorted(files) if f.lower().endswith(suffixes)]
+    if not found:
+        raise InputError(f"{folder}: holds no image ({' '.join(suffixes)})")
+    return found
+
+
+def parse_names(paths: Sequence[str], pattern: str) -> list[Record]:
+    """Records from file names by a pattern with the groups pid and camera (counted from 1)."""
+    matches = [re.match(pattern, os.path.basename(path)) for path in paths]
+    bad = [path for path, match in zip(paths, matches) if match is None]
+    if bad:
+        raise InputError(f"{len(bad)} of {len(paths)} names do not start like 0002_c1 (identity, camera): "
+                         f"{', '.join(bad[:3])}; --dataset folder reads names without cameras")
+    return [Record(p, int(m[1]), int(m[2]) - 1) for p, m in zip(paths, matches)]
+
+
+def relabel(records: list[Record]) -> list[Record]:
+    """Identities become 0, 1, 2 ... in sorted order: the classifier has one output for each."""
+    label = {pid: i for i, pid in enumerate(sorted({r.pid for r in records}))}
+    return [r._replace(pid=label[r.pid]) for r in records]
+
+
+def load_market_style(name: str, root: Path) -> Dataset:
+    """Market-1501 and the many sets that copied its three folders."""
+    root = find_folder(name, root, MARKET_SPLITS)
+    splits = (parse_names(list_images(root / s), LAYOUTS[name].pattern) for s in MARKET_SPLITS)
+    train, query, gallery = ([r for r in records if r.pid != -1] for records in splits)  # -1 is junk
+    return Dataset(name, root, relabel(train), query, gallery)
+
+
+def load_msmt17(root: Path, train_only: bool) -> Dataset:
+    """MSMT17: four lists of "path pid" lines; folders tell V1 from V2 (faces masked).
+
+    Test identities start again at 0, yet they are other people than the training identities.
+    """
+    root = find_folder("msmt17", root, ("list_train.txt",))
+    masked = (root / "mask_train_v2").is_dir()
+    train_dir, test_dir = ("mask_train_v2", "mask_test_v2") if masked else ("train", "test")
+
+    def read(split: str, folder: str) -> list[Record]:
+        lines = [line.split() for line in read_text(root / f"list_{split}.txt").splitlines() if line.strip()]
+        try:
+            pairs = [(path, int(pid)) for path, pid in lines]
+        except ValueError:
+            raise InputError(f"{root}/list_{split}.txt: every line must read 'path identity'") from None
+        check_inside([path for path, _ in pairs], root / f"list_{split}.txt")
+        paths = [str(root / folder / path) for path, _ in pairs]
+        if paths and not os.path.exists(paths[0]):
+            raise InputError(f"{paths[0]}: named in list_{split}.txt but missing")
+        cameras = [re.match(LAYOUTS["msmt17"].pattern, os.path.basename(p)) for p in paths]
+        if None in cameras:
+            raise InputError(f"{paths[cameras.index(None)]}: the camera is not the third field of the name")
+        return [Record(p, pid, int(c[1]) - 1) for p, (_, pid), c in zip(paths, pairs, cameras)]
+
+    # PersonViT and TransReID train on train + val; torchreid and fast-reid on train alone
+    train = read("train", train_dir) + ([] if train_only else read("val", train_dir))
+    version = "V2 (faces masked)" if masked else "V1"
+    return Dataset("msmt17", root, relabel(train), read("query", test_dir), read("gallery", test_dir),
+                   note=f"{version}, trained on {'train only' if train_only else 'train + val'}")
+
+
+def load_folder(root: Path) -> Dataset:
+    """Any tree of names like 0001_c2_x.jpg or, without cameras, 0001_x.jpg.
+
+    With sub-folders train/query/gallery or Market's names, these are the splits; else every image
+    is in all three and each image queries the others. Without cameras every image becomes a camera
+    of its own, so that "same person, same camera" excludes the image itself and nothing more.
+    """
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder")
+    for names in (MARKET_SPLITS, ("train", "query", "gallery")):
+        if (root / names[1]).is_dir():
+            paths = [list_images(root / n, True) if (root / n).is_dir() else [] for n in names]
+            break
+    else:
+        paths = [list_images(root, True)] * 3
+    everything = sorted({p for split in paths for p in split})
+    has_cameras = all(re.match(NUMBERED_NAME, os.path.basename(p)) for p in everything)
+    camera = {p: i for i, p in enumerate(everything)}
+
+    def read(split: list[str]) -> list[Record]:
+        if has_cameras:
+            return [r for r in parse_names(split, NUMBERED_NAME) if r.pid != -1]
+        pids = [re.match(r"(-1|\d+)", os.path.basename(p)) for p in split]
+        # names without a number are crops of nobody known: good for pre-training only
+        return [Record(p, int(m[1]) if m else -1, camera[p]) for p, m in zip(split, pids)]
+
+    train, query, gallery = map(read, paths)
+    named = all(r.pid >= 0 for r in train)
+    note = "" if has_cameras else "names without cameras: only the image itself is excluded in ranking"
+    return Dataset("folder", root, relabel(train) if named else train,
+                   [r for r in query if r.pid >= 0], [r for r in gallery if r.pid >= 0], has_cameras, note)
+
+
+def describe(dataset: Dataset, train_only: bool = False) -> str:
+    """Counts of each split beside the published ones, with a loud line for every difference."""
+    layout = LAYOUTS.get(dataset.name)
+    lines = [f"{dataset.name} in {dataset.root}" + (f" - {dataset.note}" if dataset.note else "")]
+    if isinstance(dataset.train, PathList):
+        return f"{lines[0]}\n  {len(dataset.train):,} unlabelled images"
+    warnings, cameras = [], set()
+    for split in ("train", "query", "gallery"):
+        records = getattr(dataset, split)
+        ids, cams = len({r.pid for r in records}), {r.camid for r in records}
+        cameras |= cams
+        shown = f"{len(cams):>3} cameras" if dataset.has_cameras else " no cameras"
+        line = f"  {split:<8}{ids:>6,} ids {len(records):>7,} images {shown}"
+        if layout and layout.counts:
+            expected = layout.counts[split]
+            if train_only and dataset.name == "msmt17" and split == "train":
+                expected = (1_041, 30_248)
+            same = (ids, len(records)) == expected
+            line += f"   published {expected[0]:,} / {expected[1]:,}" + ("" if same else "   DIFFERENT")
+            if not same:
+                warnings.append(f"WARNING: {split} has {ids:,} ids and {len(records):,} images where "
+                                f"{expected[0]:,} and {expected[1]:,} were published: "
+                                f"results will not compare with the papers'")
+        lines.append(line)
+    if layout and layout.counts and len(cameras) != layout.cameras:
+        warnings.append(f"WARNING: {len(cameras)} cameras where {layout.cameras} were published")
+    return "\n".join(lines + warnings)
+
+
+# ---------------------------------------------------------------------------------------------
+# Unlabelled crops: millions of paths without millions of Python objects
+# ---------------------------------------------------------------------------------------------
+
+
+class PathList(Sequence):
+    """A text file of relative paths, memory-mapped; item i is Record(path, -1, -1).
+
+    4.2 M paths as Python objects are about a gigabyte in every worker; here they are the file's
+    own pages, shared by all processes, and one array of line ends. Raises InputError for an empty
+    file and for a path that leaves the data folder.
+    """
+
+    def __init__(self, file: Path, root: Path):
+        self.file, self.root = str(file), str(root)
+        if not os.path.getsize(file):
+            raise InputError(f"{file}: the list is empty")
+        self.text = np.memmap(file, np.uint8, "r")
+        self.ends = np.flatnonzero(self.text == ord("\n"))
+        if self.text[-1] != ord("\n"):
+            self.ends = np.append(self.ends, len(self.text))
+        with open(file, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as raw:
+            if raw[:1] == b"/" or raw.find(b"\n/") >= 0 or raw.find(b"..") >= 0:
+                check_inside([self.line(i) for i in range(len(self))], file)
+
+    def __reduce__(self):  # a worker that is not forked maps the file again; nothing is copied
+        return PathList, (Path(self.file), Path(self.root))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def line(self, i: int) -> str:
+        start = self.ends[i - 1] + 1 if i else 0
+        return bytes(self.text[start:self.ends[i]]).decode("utf-8", "surrogateescape").strip()
+
+    def __getitem__(self, i: int) -> Record:
+        if not -len(self) <= i < len(self):
+            raise IndexError(i)
+        return Record(os.path.join(self.root, self.line(i % len(self))), -1, -1)
+
+
+def check_inside(paths: list[str], source: Path) -> None:
+    """A list file may name files below the data folder only: it may come from anywhere."""
+    for path in paths:
+        if os.path.isabs(path) or ".." in Path(path).parts:
+            raise InputError(f"{source}: {path!r} leaves the data folder; list paths relative to it")
+
+
+def read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read ({error})") from None
+
+
+def load_unlabelled(root: Path) -> Dataset:
+    """LUPerson, or any folder of crops too large to list at every start.
+
+    A folder is listed once into <folder>.index.txt, a plain list of paths; delete that file after
+    the folder has changed. LMDB files are not read: decode them to JPEG files first.
+    """
+    places = [root / n for n in ("luperson.txt", "luperson", "LUPerson", "LUP")]
+    if root.is_file():
+        places = [root]
+    elif (root / "images").is_dir() or not any(p.exists() for p in places):
+        places = [root]
+    source = next((p for p in places if p.exists()), None)
+    if source is None:
+        raise InputError(f"luperson not found: {root} is missing. Expected {root}/luperson/ (any tree "
+                         f"of images) or {root}/luperson.txt (a path per line). Ask for the images at: "
+                         f"github.com/DengpanFu/LUPerson; any folder of person crops works as well")
+    if source.is_file():
+        return Dataset("luperson", source, PathList(source, source.parent), [], [])
+    index = source.with_name(source.name + ".index.txt")
+    if not index.exists():
+        print(f"listing {source} once ...", flush=True)
+        text = "".join(os.path.relpath(p, source) + "\n" for p in list_images(source, True))
+        write_atomic(index, text.encode("utf-8", "surrogateescape"))
+    return Dataset("luperson", source, PathList(index, source), [], [], note=f"listed in {index}")
+
+
+def write_atomic(file: Path, content: bytes) -> None:
+    """Write, flush to disk, rename: whoever opens `file` finds the old or the new one, never half."""
+    partial = file.with_name(file.name + ".partial")
+    try:
+        with open(partial, "wb") as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(partial, file)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be written ({error.strerror}); is the folder writable, "
+                         f"the disk full?") from None
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading images
+# ---------------------------------------------------------------------------------------------
+
+
+def read_image(path: str, size: tuple[int, int], interpolation: Image.Resampling) -> Tensor:
+    """Decode any image mode to RGB and resize: uint8 (3, H, W) for size (H, W).
+
+    Raises InputError that names the file when it cannot be decoded.
+    """
+    try:
+        with open(path, "rb") as handle:
+            return decode_image(handle.read(), size, interpolation)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def decode_image(content: bytes, size: tuple[int, int], interpolation: Image.Resampling) -> Tensor:
+    """Image bytes to uint8 (3, H, W); ValueError when they are no whole image."""
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            image = image.convert("RGB").resize(size[::-1], interpolation)  # Pillow's sizes are (W, H)
+    except Exception as error:  # broken bytes make decoders raise anything at all
+        raise ValueError(f"not a readable image, {len(content)} bytes ({error})") from None
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+class Images(torch.utils.data.Dataset):
+    """Training images as uint8 batches; a broken image is replaced by another and reported.
+
+    __getitems__(indices) -> images (B, 3, H, W), asked (B,), used (B,): where used differs from
+    asked the file was broken, and the next readable image of the same identity (or, failing that,
+    of the list) stands in. Resized images are kept in memory while they fit in `cache_bytes`:
+    nothing random happens before the cache, so a second epoch costs no decoding.
+    """
+
+    def __init__(self, records: Sequence[Record], size: tuple[int, int], cache_bytes: int = 4 << 30):
+        self.records, self.size = records, size
+        each = 3 * size[0] * size[1]
+        self.cache = self.filled = None
+        if len(records) * each <= cache_bytes and "fork" in torch.multiprocessing.get_all_start_methods():
+            # anonymous shared memory: forked workers fill one cache, and no /dev/shm limit applies
+            self.cache = shared_uint8(len(records) * each).view(len(records), 3, *size)
+            self.filled = shared_uint8(len(records))
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getstate__(self):  # shared memory does not survive pickling; such a worker decodes again
+        return {**self.__dict__, "cache": None, "filled": None}
+
+    def read(self, i: int) -> Tensor:
+        if self.filled is not None and self.filled[i]:
+            return self.cache[i]
+        image = read_image(self.records[i].path, self.size, Image.Resampling.BICUBIC)
+        if self.filled is not None:
+            self.cache[i] = image
+            self.filled[i] = 1  # after the pixels: another worker must never see half an image
+        return image
+
+    def substitutes(self, i: int):
+        n, pid = len(self.records), self.records[i].pid
+        others = [(i + step) % n for step in range(1, min(n, 1000))]
+        return sorted(others, key=lambda j: self.records[j].pid != pid)  # stable: nearest first
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        images, used = [], []
+        for i in indices:
+            try:
+                image, j = self.read(i), i
+            except InputError as error:
+                for j in self.substitutes(i):
+                    try:
+                        image = self.read(j)
+                        break
+                    except InputError:
+                        continue
+                else:
+                    raise InputError(f"{error}; no readable image was found near it") from None
+            images.append(image)
+            used.append(j)
+        return torch.stack(images), torch.tensor(indices), torch.tensor(used)
+
+
+def shared_uint8(n: int) -> Tensor:
+    return torch.frombuffer(mmap.mmap(-1, n), dtype=torch.uint8)
+
+
+# ---------------------------------------------------------------------------------------------
+# Sampling: P identities x K images
+# ---------------------------------------------------------------------------------------------
+
+
+class PKSampler:
+    """Batches of P distinct identities x K images each, for the batch-hard triplet loss.
+
+    An epoch cuts each identity's shuffled images into groups of K (a short group is filled up with
+    images of the same identity; an identity with fewer than K repeats them), and every group is
+    used once: **every image is seen in every epoch**. Places left over in the last batches go to
+    identities drawn at random. Epochs have constant length, `len(sampler)` batches. Order is a
+    function of (seed, epoch); with several processes, `rank` takes its share of each batch's
+    identities. Raises InputError for fewer than P identities or a P that `world` does not divide.
+
+    Differs from TransReID's sampler, which drops short groups and the last identities of an epoch.
+    """
+
+    def __init__(self, pids: Sequence[int], num_ids: int = 16, num_images: int = 4, seed: int = 0,
+                 rank: int = 0, world: int = 1):
+        self.P, self.K, self.seed, self.rank, self.world = num_ids, num_images, seed, rank, world
+        self.epoch = 0
+        pids = np.asarray(pids)
+        order = np.argsort(pids, kind="stable")
+        self.members = np.split(order, np.flatnonzero(np.diff(pids[order])) + 1)  # indices of each id
+        if len(self.members) < max(num_ids, 2):
+            raise InputError(f"a batch needs {max(num_ids, 2)} identities, the training set has "
+                             f"{len(self.members)}; use fewer identities per batch (--ids)")
+        if num_ids % world:
+            raise InputError(f"{num_ids} identities per batch cannot be shared by {world} processes")
+        groups = np.array([-(-len(m) // num_images) for m in self.members])
+        self.length = int(max(groups.max(), -(-groups.sum() // num_ids)))
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self):
+        rng = np.random.default_rng([self.seed, self.epoch])
+        groups = []
+        for members in self.members:  # np.resize repeats from the start until the last group is full
+            shuffled = rng.permutation(members)
+            groups.append(list(np.resize(shuffled, (-(-len(shuffled) // self.K), self.K))))
+        left = np.array([len(g) for g in groups])
+        share = self.P // self.world
+        for batches_left in range(self.length, 0, -1):
+            # P identities without replacement, in proportion to the groups they have left (the
+            # Gumbel-max trick); one that needs every batch to come goes first, so none is left over
+            score = np.log(np.maximum(left, 1e-9)) + rng.gumbel(size=len(left))
+            score[left == batches_left] = np.inf
+            chosen = np.argsort(-score)[:self.P]
+            batch = []
+            for i in chosen:
+                if left[i]:
+                    left[i] -= 1
+                    batch.append(groups[i].pop())
+                else:
+                    batch.append(np.resize(rng.permutation(self.members[i]), self.K))
+            mine = batch[self.rank * share:(self.rank + 1) * share]
+            yield np.concatenate(mine).tolist()
+
+
+# ---------------------------------------------------------------------------------------------
+# Augmentation: batched, per-sample parameters, on the training device
+# ---------------------------------------------------------------------------------------------
+
+
+def step_generator(*key: int, device: str | torch.device = "cpu") -> torch.Generator:
+    """A generator that depends on the key alone, e.g. (seed, step): resuming needs no stored state."""
+    state = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    return torch.Generator(device).manual_seed(state)
+
+
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 (B, 3, H, W) -> float32 of about zero mean and unit variance."""
+    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (mean, std))
+    return (images.float() / 255 - mean) / std
+
+
+class FineTuneTransform:
+    """Flip, pad + random crop, normalise, random erasing: uint8 (B, 3, H, W) -> float32, same shape.
+
+    In the order of the reference pipeline (PersonViT's fine-tuning; images come resized):
+    flip with probability 0.5; pad 10 black pixels, crop back at a random place; normalise; with
+    probability 0.5 erase a rectangle of 2 % to `erase_area` of the image, of aspect 0.3 to 1/0.3.
+    noise: fill with normal noise per pixel [PersonViT: timm's 'pixel' mode], else with the mean
+    colour, which is 0 after normalisation [BoT]. Parameters are drawn for the global batch of
+    `world` processes; `rank` uses its own slice, so that 1 and 8 processes augment alike.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], erase_area: float = 1 / 3,
+                 noise: bool = True, pad: int = 10, rank: int = 0, world: int = 1):
+        self.mean, self.std, self.pad = mean, std, pad
+        self.erase_area, self.noise = erase_area, noise
+        self.rank, self.world = rank, world
+
+    def __call__(self, images: Tensor, seed: int, step: int) -> Tensor:
+        B, _, H, W = images.shape
+        generator, n = step_generator(seed, step), B * self.world
+        mine = slice(self.rank * B, (self.rank + 1) * B)
+        flip = torch.rand(n, generator=generator)[mine] < 0.5
+        top, left = torch.randint(2 * self.pad + 1, (2, n), generator=generator)[:, mine]
+        images = self.flip_and_crop(images, flip, top, left)
+        images = normalize(images, self.mean, self.std)
+        erased = self.erase_mask(n, H, W, generator)[mine].to(images.device, non_blocking=True)
+        if not self.noise:
+            return images.masked_fill(erased, 0)
+        device = images.device
+        noise = torch.randn((n, 3, H, W), device=device,
+                            generator=step_generator(seed, step, 1, device=device))
+        return torch.where(erased, noise[mine], images)
+
+    def flip_and_crop(self, images: Tensor, flip: Tensor, top: Tensor, left: Tensor) -> Tensor:
+        B, _, H, W = images.shape
+        flip, top, left = (t.to(images.device, non_blocking=True) for t in (flip, top, left))
+        images = F.pad(images, [self.pad] * 4)                               # (B, 3, H + 20, W + 20)
+        rows = top[:, None] + torch.arange(H, device=images.device)          # (B, H)
+        columns = left[:, None] + torch.arange(W, device=images.device)      # (B, W)
+        last = images.shape[-1] - 1
+        columns = torch.where(flip[:, None], last - columns, columns)        # flip first, then crop
+        sample = torch.arange(B, device=images.device)[:, None, None]
+        images = images[sample, :, rows[:, :, None], columns[:, None, :]]    # (B, H, W, 3)
+        return images.permute(0, 3, 1, 2)
+
+    def erase_mask(self, n: int, H: int, W: int, generator: torch.Generator) -> Tensor:
+        """(n, 1, H, W), True inside the rectangle of each sample that is erased."""
+        tries = 10  # a rectangle that does not fit is drawn again; 10 misses leave the image whole
+
+        def uniform(low: float, high: float) -> Tensor:
+            return low + (high - low) * torch.rand((n, tries), generator=generator)
+
+        area = uniform(0.02, self.erase_area) * H * W
+        aspect = uniform(math.log(0.3), math.log(1 / 0.3)).exp()
+        h, w = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+        fits = (h < H) & (w < W)
+        first = fits.int().argmax(1, keepdim=True)
+        h, w = h.gather(1, first), w.gather(1, first)                        # (n, 1)
+        top, left = torch.rand((2, n, 1), generator=generator)
+        top, left = (top * (H - h + 1)).floor(), (left * (W - w + 1)).floor()
+        erase = (torch.rand((n, 1), generator=generator) < 0.5) & fits.any(1, keepdim=True)
+        y, x = torch.arange(H), torch.arange(W)
+        rows = (y >= top) & (y < top + h) & erase                            # (n, H)
+        columns = (x >= left) & (x < left + w)                               # (n, W)
+        return (rows[:, :, None] & columns[:, None, :])[:, None]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Count a dataset, or draw synthetic people.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--dataset", help="a known set or any folder: counts beside the published ones")
+    parser.add_argument("--data-root", default="data", help="folder that holds the datasets")
+    parser.add_argument("--train-only", action="store_true", help="MSMT17 without its val list")
+    parser.add_argument("--synthetic", metavar="DIR", help="draw the synthetic people into this folder")
+    args = parser.parse_args()
+    if not args.dataset and not args.synthetic:
+        parser.error("nothing to do: give --dataset NAME or --synthetic DIR")
+    if args.synthetic:
+        print(f"wrote {make_synthetic(args.synthetic)}")
+    if args.dataset:
+        load_dataset(args.dataset, args.data_root, args.train_only)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (InputError, FileExistsError) as error:
+        sys.exit(f"error: {error}")

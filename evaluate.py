@@ -1,0 +1,518 @@
+"""From a weights file to mAP: model, features, ranking, CMC and average precision, the rank list.
+
+Protocol of Market-1501, used by both papers' tables. For each query q:
+
+    rank the gallery by distance to q      nearest first
+    drop images of q's person by q's camera    finding the next video frame again proves nothing
+    CMC@k = share of queries with a hit among the first k        (rank-1 is CMC@1)
+    AP    = mean precision at the hits; mAP = its mean           (which precision: see `cmc_map`)
+
+Queries without any right answer left do not count; every result says how many did ("valid a/b").
+Where code in use is kind to a model, this is not: ties count against the query, so that a collapsed
+network (all features equal) scores at chance and not at 100 %; NaN is an error; copies of the query
+in the gallery never count. Read `count_before`, then `cmc_map`; the rest is reading and writing.
+"""
+
+import argparse
+import hashlib
+import pickle
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+
+import personvit
+import upreid
+from data import InputError, NAMES, Record, decode_image, load_dataset, normalize
+
+# ---------------------------------------------------------------------------------------------
+# The model that is fine-tuned and evaluated
+# ---------------------------------------------------------------------------------------------
+
+ARCHS = ("vit_tiny", "vit_small", "vit_base", "resnet_tiny", "resnet50")
+
+
+def build_backbone(arch: str, size: tuple[int, int] = (256, 128), drop_path: float = 0.0,
+                   last_stride: int = 1) -> nn.Module:
+    """A backbone of ARCHS with random weights. size: (H, W); a ResNet takes any, a ViT makes its grid."""
+    if arch.startswith("vit"):
+        return getattr(personvit, arch)(size, drop_path=drop_path)
+    return getattr(upreid, arch)(last_stride)
+
+
+class ReIDModel(nn.Module):
+    """Backbone, BNNeck, classifier: (B, 3, H, W) -> (scores (B, num_ids), feature (B, D)) in training,
+    the feature alone in evaluation: before the neck [PersonViT] or after it [BoT].
+
+    The neck is there because the two losses disagree: the triplet loss wants distances, the
+    classifier wants angles; a batch norm between them lets each have its own space [BoT]. State keys
+    base.*, bottleneck.*, classifier.* are TransReID's, so its fine-tuned files load.
+    """
+
+    def __init__(self, backbone: nn.Module, num_ids: int, neck_feat: str = "before"):
+        super().__init__()
+        assert neck_feat in ("before", "after"), neck_feat
+        self.base, self.neck_feat = backbone, neck_feat
+        self.bottleneck = nn.BatchNorm1d(backbone.embed_dim)
+        # no shift, no classifier bias: the decision planes go through the origin, as cosine ranking does
+        self.bottleneck.bias.requires_grad_(False)
+        self.classifier = nn.Linear(backbone.embed_dim, num_ids, bias=False)
+        nn.init.normal_(self.classifier.weight, std=0.001)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        feature = self.base(x).float()                # (B, D); statistics and losses in float32
+        if not self.training and self.neck_feat == "before":
+            return feature
+        neck = self.bottleneck(feature)               # (B, D)
+        return (self.classifier(neck), feature) if self.training else neck
+
+
+# ---------------------------------------------------------------------------------------------
+# Weights: read without executing anything, fill every backbone parameter or stop
+# ---------------------------------------------------------------------------------------------
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """The dictionary in a weights file; nothing in the file is executed.
+
+    Raises InputError for a missing, truncated or foreign file.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such weights file") from None
+    except Exception as error:  # hostile bytes make the reader raise anything at all
+        reason = str(error).partition("\n")[0]
+        if isinstance(error, pickle.UnpicklingError) and ("Unsupported" in reason or "GLOBAL" in str(error)):
+            reason = "it holds Python objects, which loading would execute"
+        raise InputError(f"{path}: not a whole weights file ({reason[:100] or type(error).__name__}); "
+                         f"nothing was loaded") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds a {type(content).__name__}, not a dictionary of weights")
+    return content
+
+
+def backbone_state(content: dict) -> dict[str, Tensor]:
+    """The backbone's tensors of a checkpoint under their plain names (timm's or torchvision's)."""
+    for key in ("model", "state_dict", "teacher", "backbone"):  # nesting of the usual training files
+        if isinstance(content.get(key), dict):
+            content = content[key]
+    state = {k: v for k, v in content.items() if isinstance(v, Tensor)}
+    for prefix in ("module.", "backbone.", "base."):
+        if any(k.startswith(prefix) for k in state):
+            # files with a prefix keep heads and necks outside of it, `module.` wraps everything
+            state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    return state
+
+
+def load_weights(path: str | Path, backbone: nn.Module) -> str:
+    """Fill a backbone from a weights file and say what was done; it is filled wholly or not at all.
+
+    Accepts this project's files, flat timm / DINO / torchvision state dicts and TransReID's
+    fine-tuned ones. Classifiers are dropped; position embeddings are resized to the backbone's grid.
+    Raises InputError when a backbone weight is missing or has another shape.
+    """
+    state, own = backbone_state(read_checkpoint(path)), backbone.state_dict()
+    resized = []
+    pos = state.get("pos_embed")
+    if pos is not None and "pos_embed" in own and pos.shape[1] != own["pos_embed"].shape[1]:
+        n = pos.shape[1] - 1
+        ratio = 1 if int(n ** 0.5) ** 2 == n else 2      # 14 x 14 of ImageNet, or 16 x 8 of people
+        rows = int((n * ratio) ** 0.5)
+        state["pos_embed"] = personvit.resize_pos_embed(pos, (rows, rows // ratio), backbone.grid)
+        resized = [f"pos_embed {rows}x{rows // ratio} -> {backbone.grid[0]}x{backbone.grid[1]}"]
+    # old files lack the counter of batch norm; nothing reads it here
+    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
+    wrong = [k for k in own if k in state and state[k].shape != own[k].shape]
+    if missing or wrong:
+        kind = "a ViT" if "cls_token" in state else "a ResNet" if "layer1.0.conv1.weight" in state else "none"
+        example = f"missing {missing[0]}" if missing else (
+            f"{wrong[0]} is {tuple(state[wrong[0]].shape)}, needed {tuple(own[wrong[0]].shape)}")
+        raise InputError(f"{path}: weights of another architecture: {len(missing)} of {len(own)} backbone "
+                         f"weights missing, {len(wrong)} of another shape ({example}); the file's backbone: "
+                         f"{kind}. Choose --arch to match; nothing was loaded")
+    dropped = [k for k in state if k not in own]
+    backbone.load_state_dict({k: state[k] for k in own if k in state}, strict=False)
+    return (f"{path}: {len(own) - len(missing)}/{len(own)} backbone weights loaded, resized: "
+            f"{', '.join(resized) or 'none'}, dropped: {len(dropped)} ({', '.join(dropped[:3])})")
+
+
+def load_model(path: str | Path) -> tuple[ReIDModel, dict]:
+    """A fine-tuned model of train.py with its recipe: how to resize, normalise and read features."""
+    content = read_checkpoint(path)
+    if content.get("format") != "reid-model":
+        raise InputError(f"{path}: not a model of train.py; a bare backbone has no recipe for evaluation. "
+                         f"Fine-tune it first: python train.py --weights {path}")
+    recipe = content["recipe"]
+    backbone = build_backbone(recipe["arch"], tuple(recipe["size"]), 0.0, recipe["last_stride"])
+    model = ReIDModel(backbone, content["num_ids"], recipe["neck_feat"])
+    model.load_state_dict(content["model"])
+    return model.eval(), recipe
+
+
+# ---------------------------------------------------------------------------------------------
+# Features
+# ---------------------------------------------------------------------------------------------
+
+
+class EvalImages(torch.utils.data.Dataset):
+    """Item i: uint8 image (3, H, W), bilinear as in the reference, and a number made of the file's bytes."""
+
+    def __init__(self, records: list[Record], size: tuple[int, int]):
+        self.records, self.size = records, size
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        path = self.records[i].path
+        try:
+            content = Path(path).read_bytes()
+            image = decode_image(content, self.size, Image.Resampling.BILINEAR)
+        except (OSError, ValueError) as error:  # an evaluation with images left out is another evaluation
+            raise InputError(f"{path}: {error}") from None
+        return image, int.from_bytes(hashlib.blake2b(content, digest_size=7).digest(), "big")
+
+
+@torch.inference_mode()
+def extract(model: nn.Module, records: list[Record], size: tuple[int, int], mean, std,
+            batch_size: int = 128, workers: int = 2, device: str = "cpu",
+            bf16: bool = False) -> tuple[Tensor, Tensor]:
+    """L2-normalised features (N, D) in float32 and image numbers (N,): equal bytes, equal number.
+
+    Raises InputError, naming the file, for an unreadable image or a feature that is not finite.
+    """
+    model.eval()
+    loader = torch.utils.data.DataLoader(EvalImages(records, size), batch_size, num_workers=workers,
+                                         pin_memory=device != "cpu", worker_init_fn=quiet_worker)
+    features, numbers = [], []
+    for images, number in loader:
+        images = normalize(images.to(device, non_blocking=True), mean, std)
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
+            feature = model(images)
+        features.append(F.normalize(feature.float(), dim=1).cpu())           # (B, D)
+        numbers.append(number)
+    features = torch.cat(features)
+    bad = (~features.isfinite().all(1)).nonzero().flatten().tolist()
+    if bad:
+        raise InputError(f"{len(bad)} of {len(features)} features are not finite, first for "
+                         f"{records[bad[0]].path}: the weights hold NaN or have diverged")
+    return features, torch.cat(numbers)
+
+
+def quiet_worker(_: int) -> None:
+    """Ctrl-C is for the main process; its workers end when it tells them to, without tracebacks."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def colour_histograms(records: list[Record], size=(128, 64), bins: int = 8) -> Tensor:
+    """What colour alone can do, the baseline of the demo: (N, bins^3), L2-normalised.
+
+    A joint RGB histogram of the whole image; the square root makes the dot product the
+    Bhattacharyya coefficient, under which large plain areas do not drown everything else.
+    """
+    features = []
+    for image, _ in (EvalImages(records, size)[i] for i in range(len(records))):
+        r, g, b = image.long() * bins // 256                                 # (H, W) each
+        counts = torch.bincount((r * bins * bins + g * bins + b).flatten(), minlength=bins ** 3)
+        features.append(counts.float().sqrt())
+    return F.normalize(torch.stack(features), dim=1)
+
+
+# ---------------------------------------------------------------------------------------------
+# Ranking: CMC and mAP
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class RankResult:
+    """cmc (max_rank,): cmc[k-1] = CMC@k. mAP in [0, 1] by the convention `ap`; mAPs holds both.
+
+    valid of total queries had a right answer in the gallery. AP (total,): per query, NaN if invalid.
+    """
+
+    cmc: np.ndarray
+    mAP: float
+    valid: int
+    total: int
+    ap: str
+    mAPs: dict[str, float]
+    AP: np.ndarray
+
+    def __str__(self) -> str:
+        rank = "  ".join(f"rank-{k} {self.cmc[k - 1]:.2%}" for k in (1, 5, 10) if k <= len(self.cmc))
+        other = "market" if self.ap == "step" else "step"
+        return (f"mAP {self.mAP:.2%} ({self.ap}; {other} {self.mAPs[other]:.2%})  {rank}  "
+                f"valid queries {self.valid}/{self.total}")
+
+
+class Gallery:
+    """Ids, cameras and image numbers of a gallery, sorted by id: an id's images are one slice."""
+
+    def __init__(self, pids, camids, images=None):
+        self.order = torch.argsort(as_ids(pids), stable=True)
+        self.pids = as_ids(pids)[self.order]
+        self.camids = as_ids(camids)[self.order]
+        self.images = None if images is None else as_ids(images)[self.order]
+
+    def split(self, q_pids: Tensor, q_camids: Tensor, q_images: Tensor | None):
+        """For B queries: columns (B, W) of the images with the query's id, and two masks (B, W):
+        `match`, the right answers, and `same`, all images of that id (the others are junk)."""
+        low = torch.searchsorted(self.pids, q_pids)
+        high = torch.searchsorted(self.pids, q_pids, right=True)
+        width = max(int((high - low).max()), 1)
+        place = low[:, None] + torch.arange(width)                           # (B, W)
+        same = place < high[:, None]
+        place = place.clamp(max=len(self.pids) - 1)
+        junk = self.camids[place] == q_camids[:, None]
+        if self.images is not None and q_images is not None:                 # a copy of the query
+            junk |= self.images[place] == q_images[:, None]
+        return self.order[place], same & ~junk, same
+
+
+def as_ids(values) -> Tensor:
+    return torch.as_tensor(np.asarray(values)).long().flatten()
+
+
+def count_before(dist: Tensor, columns: Tensor, match: Tensor, same: Tensor, tie: float) -> Tensor:
+    """0-based rank of every right answer, nearest first: (B, W), meaningless beyond a row's matches.
+
+    dist (B, G), overwritten; columns, match, same as from `Gallery.split`. Nothing is sorted but
+    the few right answers: the j-th of them has rank j + the number of other people's images that
+    are at most as far away. "At most": an image at the same distance counts as before it, else the
+    order of the gallery would decide, and a network that maps everything to one point would win.
+    """
+    B, W = columns.shape
+    row = torch.arange(B, device=dist.device)[:, None].expand(B, W)
+    hits = torch.where(match, dist.gather(1, columns), torch.inf).sort(1).values  # (B, W), padded with inf
+    dist[row[same], columns[same]] = torch.inf                   # own id: no one stands before its own
+    # bin[g] = number of hits nearer than g: g stands before all hits but those
+    bins = torch.searchsorted(hits + tie, dist)                  # (B, G)
+    bins += torch.arange(B, device=dist.device)[:, None] * (W + 1)
+    counts = torch.bincount(bins.flatten(), minlength=B * (W + 1)).view(B, W + 1)
+    return counts.cumsum(1)[:, :W] + torch.arange(W, device=dist.device)
+
+
+def accumulate(chunks, q_pids, q_camids, g_pids, g_camids, q_images, g_images, max_rank: int, ap: str,
+               tie: float) -> RankResult:
+    """CMC and mAP from an iterator of distance blocks (B, G) that covers the queries in order."""
+    if ap not in ("step", "market"):
+        raise InputError(f"ap is 'step' or 'market', not {ap!r}")
+    gallery = Gallery(g_pids, g_camids, g_images)
+    q_pids, q_camids = as_ids(q_pids), as_ids(q_camids)
+    q_images = None if q_images is None else as_ids(q_images)
+    total, start, cmc = len(q_pids), 0, torch.zeros(max_rank, dtype=torch.float64)
+    APs = {"step": torch.full((total,), torch.nan), "market": torch.full((total,), torch.nan)}
+    APs = {name: values.double() for name, values in APs.items()}
+    for dist in chunks:
+        part = slice(start, start + len(dist))
+        start += len(dist)
+        if dist.isnan().any():
+            raise InputError("distances hold NaN: the features are broken, a ranking of them means nothing")
+        split = gallery.split(q_pids[part], q_camids[part], None if q_images is None else q_images[part])
+        columns, match, same = (t.to(dist.device) for t in split)
+        rank = count_before(dist, columns, match, same, tie).cpu()           # (B, W)
+        R = match.sum(1).cpu()                                               # (B,) right answers
+        j = torch.arange(rank.shape[1])
+        hit = j < R[:, None]                                                 # (B, W)
+        p, j = rank.double(), j.double()
+        new = (j + 1) / (p + 1)                                              # precision with the hit ...
+        old = torch.where(p > 0, j / p.clamp(min=1), 1.0)                    # ... and just before it
+        for name, precision in (("step", new), ("market", (old + new) / 2)):
+            APs[name][part] = (precision * hit).sum(1) / R                   # 0/0 = NaN marks the invalid
+        first = rank[R > 0, 0]
+        cmc += torch.bincount(first[first < max_rank], minlength=max_rank)
+    valid = int((~APs["step"].isnan()).sum())
+    if not valid:
+        raise InputError(explain_no_valid(q_pids, gallery))
+    mAPs = {name: float(values.nanmean()) for name, values in APs.items()}
+    return RankResult((cmc.cumsum(0) / valid).numpy(), mAPs[ap], valid, total, ap, mAPs, APs[ap].numpy())
+
+
+def explain_no_valid(q_pids: Tensor, gallery: Gallery) -> str:
+    absent = int((~torch.isin(q_pids, gallery.pids)).sum())
+    return (f"no query has a right answer in the gallery: of {len(q_pids)} queries, {absent} have an id "
+            f"that is not in the gallery, {len(q_pids) - absent} have it only by the query's own camera "
+            f"(or only as the same image). If the camera ids mean nothing, --cams none compares all "
+            f"images but the query itself; if the ids differ, check that query and gallery are one set")
+
+
+def cmc_map(distmat, q_pids, g_pids, q_camids, g_camids, max_rank: int = 50, ap: str = "step",
+            q_images=None, g_images=None) -> RankResult:
+    """CMC and mAP of a distance matrix (Q, G), smaller = more alike; ids and cameras (Q,) and (G,).
+
+    ap="step": AP = mean of precision@rank over the right answers (TransReID, PersonViT, fast-reid,
+    torchreid: both papers' tables). ap="market": the trapezoid of the set's own MATLAB code, mean
+    of the precision before and at each right answer; never higher. Images of the query's id by the
+    query's camera are left out, as are copies of the query when image numbers are given; distractors
+    (id 0) stay; ties count against the query. Raises InputError (a ValueError) for NaN, for shapes
+    that do not agree and when no query has a right answer.
+
+    >>> hits_at = [1, 1, 0, 1, 0, 0, 1]                      # one query, a gallery already in order
+    >>> result = cmc_map([[1, 2, 3, 4, 5, 6, 7]], [1], hits_at, [0], [1] * 7)
+    >>> round(result.mAPs["step"], 4), round(result.mAPs["market"], 4)
+    (0.8304, 0.811)
+    """
+    dist = torch.as_tensor(distmat)
+    dist = dist if dist.is_floating_point() else dist.float()
+    if dist.shape != (len(q_pids), len(g_pids)) or len(q_camids) != len(q_pids) or len(g_camids) != len(g_pids):
+        raise InputError(f"distances {tuple(dist.shape)} for {len(q_pids)} queries ({len(q_camids)} cameras) "
+                         f"and {len(g_pids)} gallery images ({len(g_camids)} cameras)")
+    chunks = (block.clone() for block in dist.split(256))
+    return accumulate(chunks, q_pids, q_camids, g_pids, g_camids, q_images, g_images, max_rank, ap, tie=0.0)
+
+
+def rank_features(q_feats, q_pids, q_camids, g_feats, g_pids, g_camids, max_rank: int = 50,
+                  ap: str = "step", q_images=None, g_images=None, chunk: int = 256) -> RankResult:
+    """CMC and mAP of L2-normalised features (Q, D) and (G, D), without the (Q, G) matrix in memory.
+
+    Cosine similarity ranks as the Euclidean distance of unit vectors does. Similarities closer than
+    1e-6 are ties: below that, the order is float32 rounding of the dot product.
+    Raises InputError as `cmc_map` does, and for features that are not finite.
+    """
+    q_feats, g_feats = torch.as_tensor(q_feats).float(), torch.as_tensor(g_feats).float()
+    if not (q_feats.isfinite().all() and g_feats.isfinite().all()):
+        raise InputError("features hold NaN or infinity: the model is broken, a ranking of them means nothing")
+    if (len(q_feats), len(g_feats)) != (len(q_pids), len(g_pids)):
+        raise InputError(f"{len(q_feats)} query and {len(g_feats)} gallery features for {len(q_pids)} and "
+                         f"{len(g_pids)} ids")
+    chunks = ((-q) @ g_feats.T for q in q_feats.split(chunk))
+    return accumulate(chunks, q_pids, q_camids, g_pids, g_camids, q_images, g_images, max_rank, ap, tie=1e-6)
+
+
+@dataclass
+class Features:
+    """What a ranking needs of one split: unit features (N, D), image numbers, pids, camids."""
+
+    feats: Tensor
+    images: Tensor
+    pids: list[int]
+    camids: list[int]
+
+
+def evaluate(model: nn.Module, dataset, recipe: dict, ap: str = "step", use_cameras: bool = True,
+             **extract_args) -> tuple[RankResult, Features, Features]:
+    """Extract, rank and return (result, query features, gallery features) of a dataset.
+
+    use_cameras=False: exclude nothing but the query image itself.
+    """
+    if not dataset.query or not dataset.gallery:
+        raise InputError(f"{dataset.name} has {len(dataset.query)} query and {len(dataset.gallery)} gallery "
+                         f"images; both are needed to evaluate")
+    splits = []
+    for records in (dataset.query, dataset.gallery):
+        feats, images = extract(model, records, tuple(recipe["size"]), recipe["mean"], recipe["std"],
+                                **extract_args)
+        # without cameras, an image is its own camera: "same camera" then excludes the image alone
+        camids = [r.camid for r in records] if use_cameras else images.tolist()
+        splits.append(Features(feats, images, [r.pid for r in records], camids))
+    q, g = splits
+    result = rank_features(q.feats, q.pids, q.camids, g.feats, g.pids, g.camids, ap=ap,
+                           q_images=q.images, g_images=g.images)
+    return result, q, g
+
+
+# ---------------------------------------------------------------------------------------------
+# The rank list as a picture
+# ---------------------------------------------------------------------------------------------
+
+GREEN, RED, GREY, INK = (30, 150, 60), (205, 45, 45), (120, 120, 120), (30, 30, 30)
+
+
+def filtered_ranking(q: Features, g: Features, i: int) -> tuple[Tensor, Tensor]:
+    """Gallery indices of query i, nearest first, as the evaluator sees them (junk left out), and
+    their cosine similarities. Wrong answers come first among ties, as in `count_before`."""
+    similarity = g.feats @ q.feats[i]                                        # (G,)
+    pids = as_ids(g.pids)
+    own = pids == q.pids[i]
+    junk = own & ((as_ids(g.camids) == q.camids[i]) | (g.images == q.images[i]))
+    order = torch.argsort(own.int(), stable=True)                            # right answers last, then ...
+    rank = torch.argsort(-(similarity[order] / 1e-6).round(), stable=True)   # ... stable by similarity
+    order = order[rank]
+    order = order[~junk[order]]
+    return order, similarity[order]
+
+
+def draw_ranks(file: str | Path, dataset, q: Features, g: Features, rows: int = 8, columns: int = 10) -> None:
+    """Rank-list picture (PNG): a row per query, the query first, then its nearest gallery images.
+
+    Green frames are right answers, red ones wrong, with camera and cosine similarity beneath. Rows
+    are spread evenly over all valid queries: a picture of the best ones only would be a lie.
+    """
+    valid = [i for i in range(len(q.pids)) if (as_ids(g.pids) == q.pids[i]).any()
+             and (as_ids(g.pids)[filtered_ranking(q, g, i)[0]] == q.pids[i]).any()]
+    chosen = [valid[k * len(valid) // min(rows, len(valid))] for k in range(min(rows, len(valid)))]
+    w, h, gap, label, head = 64, 128, 14, 16, 44
+    width, height = gap + (columns + 1) * (w + gap) + gap, head + len(chosen) * (h + label + gap)
+    picture = Image.new("RGB", (width, height), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
+    draw.text((gap, 6), "query", INK, font)
+    draw.text((2 * gap + w + gap, 6), f"{dataset.name}: nearest {columns} of {len(g.pids):,} gallery images; "
+              "same person by the same camera left out", INK, font)
+    for color, name, x in ((GREEN, "same person", 2 * gap + w + gap), (RED, "another person", 230)):
+        draw.rectangle((x, 27, x + 10, 37), outline=color, width=3)
+        draw.text((x + 16, 24), name, INK, font)
+
+    def paste(record: Record, column: int, y: int, color, text: str) -> None:
+        x = gap + column * (w + gap) + (gap if column else 0)
+        with Image.open(record.path) as image:
+            picture.paste(image.convert("RGB").resize((w, h), Image.Resampling.BILINEAR), (x, y))
+        draw.rectangle((x - 3, y - 3, x + w + 2, y + h + 2), outline=color, width=3)
+        draw.text((x, y + h + 3), text, INK, font)
+
+    def camera(record: Record) -> str:
+        return f"c{record.camid + 1}" if dataset.has_cameras else ""
+
+    for row, i in enumerate(chosen):
+        y = head + row * (h + label + gap)
+        paste(dataset.query[i], 0, y, GREY, camera(dataset.query[i]))
+        order, similarity = filtered_ranking(q, g, i)
+        for k, (j, s) in enumerate(zip(order[:columns].tolist(), similarity.tolist())):
+            color = GREEN if g.pids[j] == q.pids[i] else RED
+            paste(dataset.gallery[j], k + 1, y, color, f"{camera(dataset.gallery[j])} {s:.3f}")
+    try:
+        picture.save(file)
+    except OSError as error:
+        raise InputError(f"{file}: the picture cannot be written ({error.strerror})") from None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="CMC and mAP of a fine-tuned model on a ReID dataset.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--dataset", required=True, metavar="NAME", help=f"{', '.join(NAMES)} or any folder")
+    parser.add_argument("--data-root", default="data", help="folder that holds the datasets")
+    parser.add_argument("--weights", required=True, help="model.pth of a run of train.py")
+    parser.add_argument("--ap", choices=("step", "market"), default="step", help="convention of mAP")
+    parser.add_argument("--cams", choices=("file", "none"), default="file",
+                        help="cameras from the file names, or none: exclude only the image itself")
+    parser.add_argument("--ranks", metavar="PNG", help="draw the rank list into this file")
+    parser.add_argument("--batch-size", type=int, default=128, help="images per forward pass")
+    parser.add_argument("--workers", type=int, default=2, help="processes that decode images")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 forward pass, float32 ranking")
+    args = parser.parse_args()
+    model, recipe = load_model(args.weights)
+    dataset = load_dataset(args.dataset, args.data_root)
+    print(f"{args.weights}: {recipe['arch']} at {recipe['size'][0]}x{recipe['size'][1]}, feature "
+          f"{recipe['neck_feat']} the neck, L2-normalised, mean {recipe['mean']}, std {recipe['std']}")
+    result, q, g = evaluate(model.to(args.device), dataset, recipe, args.ap, args.cams == "file",
+                            batch_size=args.batch_size, workers=args.workers, device=args.device,
+                            bf16=args.bf16)
+    print(result)
+    if args.ranks:
+        draw_ranks(args.ranks, dataset, q, g)
+        print(f"rank list in {args.ranks}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,337 @@
+"""Parsers on tiny fabricated trees of every dataset, image reading, the sampler, the augmentation."""
+
+import collections
+import os
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, market_tree, write_image
+from PIL import Image
+
+import data
+from data import (FineTuneTransform, Images, InputError, PathList, PKSampler, Record, load_dataset,
+                  normalize, read_image, step_generator)
+
+# ---- datasets --------------------------------------------------------------------------------
+
+
+def test_market1501(tmp_path, capsys):
+    root = market_tree(tmp_path / "Market-1501-v15.09.15")
+    box = root / "bounding_box_test"
+    write_image(box / "-1_c1s1_000401_03.jpg")               # junk: dropped
+    write_image(box / "0000_c2s1_000001_01.jpg")             # distractor: kept
+    write_image(box / "1488_c3s3_070528_01.jpg.jpg".replace(".jpg.jpg", ".jpg"))
+    os.rename(box / "1488_c3s3_070528_01.jpg", box / "1488_c3s3_070528_01.jpg.jpg")
+    (box / "Thumbs.db").write_bytes(b"thumbs")
+    write_image(root / "gt_bbox" / "0001_c1s1_000001_00.jpg")  # not a split
+    dataset = load_dataset("market1501", tmp_path)
+    assert sorted({r.pid for r in dataset.train}) == [0, 1, 2, 3]  # 2, 4, 6, 8 relabelled
+    assert [r.pid for r in dataset.query] == [1, 3, 5, 7]
+    assert sorted({r.pid for r in dataset.gallery}) == [0, 1, 3, 5, 7, 1488]
+    assert {r.camid for r in dataset.train} == {0, 1} and len(dataset.gallery) == 18
+    names = [os.path.basename(r.path) for r in dataset.gallery]
+    assert names == sorted(names)
+    out = capsys.readouterr().out
+    assert "published 751 / 12,936   DIFFERENT" in out and "WARNING: train has 4 ids and 16 images" in out
+    for same in (root, tmp_path):  # the data folder or the set's own
+        assert load_dataset("market1501", same).train == dataset.train
+
+
+@pytest.mark.parametrize("name, folder, suffix, pattern", [
+    ("dukemtmc-reid", "DukeMTMC-reID", ".jpg", "{:04d}_c{}_f{:07d}"),
+    ("occluded-duke", "Occluded_Duke", ".jpg", "{:04d}_c{}_f{:07d}"),
+    ("personx", "PersonX", ".jpg", "{:04d}_c1{}s1_{:02d}"),
+    ("cuhk03-np-labeled", "cuhk03-np/labeled", ".png", "{:04d}_c{}_{}"),
+    ("cuhk03-np", "cuhk03-np/labeled", ".png", "{:04d}_c{}_{}"),
+    ("cuhk03-np-detected", "cuhk03-np/detected", ".png", "{:04d}_c{}_{}")])
+def test_market_style_sets(tmp_path, name, folder, suffix, pattern):
+    market_tree(tmp_path / folder, ids=3, images=4, suffix=suffix, name=pattern)
+    dataset = load_dataset(name, tmp_path)
+    assert [len(s) for s in (dataset.train, dataset.query, dataset.gallery)] == [12, 3, 12]
+    cameras = {10, 11} if name == "personx" else {0, 1}      # PersonX: two-digit cameras c11, c12
+    assert {r.camid for r in dataset.train} == cameras
+    assert sorted({r.pid for r in dataset.train}) == [0, 1, 2]
+
+
+def msmt17_tree(root, train_dir, test_dir):
+    lists = collections.defaultdict(list)
+    for split, folder in (("train", train_dir), ("val", train_dir), ("query", test_dir), ("gallery", test_dir)):
+        for pid in (0, 1, 7):
+            for camera in (1, 12):
+                extra = "_ex" if split == "val" else ""
+                name = f"{pid:04d}/{pid:04d}_{len(split):03d}_{camera:02d}_0303morning_0006_2{extra}.jpg"
+                write_image(root / folder / name)
+                lists[split].append(f"{name} {pid}")
+    for split, lines in lists.items():
+        (root / f"list_{split}.txt").write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("folder, dirs, version", [("MSMT17_V1", ("train", "test"), "V1"),
+                                                   ("MSMT17_V2", ("mask_train_v2", "mask_test_v2"), "V2")])
+def test_msmt17(tmp_path, capsys, folder, dirs, version):
+    msmt17_tree(tmp_path / folder, *dirs)
+    dataset = load_dataset("msmt17", tmp_path)
+    assert [len(s) for s in (dataset.train, dataset.query, dataset.gallery)] == [12, 6, 6]
+    assert {r.camid for r in dataset.query} == {0, 11} and {r.pid for r in dataset.query} == {0, 1, 7}
+    assert {r.pid for r in dataset.train} == {0, 1, 2} and os.path.exists(dataset.train[0].path)
+    assert version in capsys.readouterr().out
+    assert len(load_dataset("msmt17", tmp_path, train_only=True).train) == 6
+    assert "train only" in capsys.readouterr().out
+    listing = tmp_path / folder / "list_query.txt"
+    for text, words in (("../secret.jpg 1\n", "leaves the data folder"), ("a b c\n", "path identity"),
+                        ("0000/gone_1_2_3.jpg 4\n", "missing"), ("a.jpg one\n", "path identity")):
+        listing.write_text(text)
+        with pytest.raises(InputError, match=words):
+            load_dataset("msmt17", tmp_path)
+
+
+def test_folder_with_and_without_cameras(tmp_path, capsys):
+    market_tree(tmp_path / "a")
+    dataset = load_dataset("folder", tmp_path / "a")
+    assert dataset.has_cameras and [len(dataset.train), len(dataset.query)] == [16, 4]
+    for i, name in enumerate(("7_front.png", "7_back.PNG", "12_x.jpeg", "sub/12.jpg")):
+        write_image(tmp_path / "b" / name, i)
+    by_path = load_dataset(str(tmp_path / "b"))              # any folder, named by its path
+    dataset = load_dataset("folder", tmp_path / "b")
+    assert by_path.train == dataset.train and not dataset.has_cameras
+    assert sorted(r.pid for r in dataset.train) == [0, 0, 1, 1] and len({r.camid for r in dataset.query}) == 4
+    assert dataset.query == dataset.gallery and "only the image itself" in capsys.readouterr().out
+    write_image(tmp_path / "b" / "nobody.jpg")               # crops without names still serve pre-training
+    dataset = load_dataset("folder", tmp_path / "b")
+    assert len(dataset.train) == 5 and len(dataset.query) == 4
+
+
+def test_luperson_tree_and_list(tmp_path, capsys):
+    for i in range(5):
+        write_image(tmp_path / "luperson" / "images" / f"{i // 3:02d}" / f"{i}.jpg")
+    first = load_dataset("luperson", tmp_path)
+    assert [os.path.relpath(r.path, tmp_path / "luperson") for r in first.train] == [
+        "images/00/0.jpg", "images/00/1.jpg", "images/00/2.jpg", "images/01/3.jpg", "images/01/4.jpg"]
+    assert first.train[4].pid == -1 and first.train[-1] == first.train[4] and os.path.exists(first.train[0].path)
+    with pytest.raises(IndexError):
+        first.train[5]
+    assert "5 unlabelled images" in capsys.readouterr().out
+    write_image(tmp_path / "luperson" / "images" / "new.jpg")
+    again = load_dataset("luperson", tmp_path)               # from the cached index: the new file is not seen
+    assert len(again.train) == 5 and "listing" not in capsys.readouterr().out
+    assert list(pickle.loads(pickle.dumps(again.train))) == list(first.train)
+    assert len(pickle.dumps(again.train)) < 1000             # a spawned worker gets the name, not the paths
+    for text in ("luperson/images/00/1.jpg\nluperson/images/01/4.jpg", "luperson/images/00/1.jpg\r\nb.jpg\r\n"):
+        (tmp_path / "some.txt").write_text(text)
+        listed = load_dataset(str(tmp_path / "some.txt")).train
+        assert len(listed) == 2 and listed[0].path == first.train[1].path
+    for text, words in (("", "empty"), ("a.jpg\n/etc/passwd\n", "leaves"), ("a/../../b.jpg\n", "leaves")):
+        (tmp_path / "some.txt").write_text(text)
+        with pytest.raises(InputError, match=words):
+            load_dataset(str(tmp_path / "some.txt"))
+    (tmp_path / "some.txt").write_text("a..b.jpg\n")          # two dots in a name are no way out
+    assert len(PathList(tmp_path / "some.txt", tmp_path)) == 1
+
+
+def test_bad_datasets_get_one_clear_line(tmp_path):
+    for name, words in (("markt1501", "did you mean market1501"), ("msmt", "did you mean msmt17"),
+                        ("xyz", "cuhk03-np.*market1501"), ("market1501", "Ask for it at: its authors' page"),
+                        ("dukemtmc-reid", "withdrawn in 2019"), ("luperson", "DengpanFu/LUPerson")):
+        with pytest.raises(InputError, match=words) as caught:
+            load_dataset(name, tmp_path / "nothing")
+        assert "\n" not in str(caught.value)
+    root = market_tree(tmp_path / "market1501")
+    for i in range(4):
+        write_image(root / "query" / f"zebra{i}.jpg")
+    with pytest.raises(InputError, match="4 of 8 names.*zebra0.jpg.*zebra1.jpg.*zebra2.jpg;"):
+        load_dataset("market1501", root)
+    for p in (root / "query").iterdir():
+        p.unlink()
+    with pytest.raises(InputError, match="query: holds no image"):
+        load_dataset("market1501", root)
+
+
+def test_command_line(tmp_path):
+    def run(*args):
+        return subprocess.run([sys.executable, ROOT / "data.py", *args], capture_output=True, text=True)
+
+    done = run("--dataset", "market1501", "--data-root", tmp_path)
+    assert done.returncode == 1 and done.stderr.startswith("error: market1501 not found")
+    assert done.stderr.count("\n") == 1
+    market_tree(tmp_path / "market1501")
+    done = run("--dataset", "market1501", "--data-root", tmp_path)
+    assert done.returncode == 0 and "16 images" in done.stdout
+    assert run().returncode == 2
+
+
+# ---- images ----------------------------------------------------------------------------------
+
+BICUBIC = Image.Resampling.BICUBIC
+
+
+@pytest.mark.parametrize("mode, suffix", [("L", "jpg"), ("RGBA", "png"), ("CMYK", "jpg"), ("P", "png"), ("1", "png"),
+                                          ("LA", "png"), ("I;16", "png")])
+def test_any_image_mode_becomes_rgb(tmp_path, mode, suffix):
+    path = str(tmp_path / f"a.{suffix}")
+    (Image.new("I;16", (9, 20), 500) if mode == "I;16" else Image.new("RGB", (9, 20), (200, 30, 60)).convert(mode)
+     ).save(path)
+    image = read_image(path, (16, 8), BICUBIC)
+    assert image.shape == (3, 16, 8) and image.dtype == torch.uint8
+
+
+def test_resize_is_height_by_width(tmp_path):
+    array = np.zeros((40, 10, 3), np.uint8)
+    array[:20] = 255                                          # top half white
+    Image.fromarray(array).save(tmp_path / "a.png")
+    image = read_image(str(tmp_path / "a.png"), (8, 4), BICUBIC)
+    assert image.shape == (3, 8, 4) and image[:, :3].min() > 200 and image[:, 5:].max() < 50
+
+
+def broken_set(tmp_path, broken: list[int], n: int = 8):
+    records = [Record(str(write_image(tmp_path / f"{i}.png", i)), i // 4, 0) for i in range(n)]
+    for k, i in enumerate(broken):
+        content = (tmp_path / f"{i}.png").read_bytes()
+        (tmp_path / f"{i}.png").write_bytes([b"", content[:60], b"\x00" * 99][k % 3])
+    return records
+
+
+def test_broken_image_is_replaced_by_its_own_identity(tmp_path):
+    records = broken_set(tmp_path, [1, 2])
+    images = Images(records, (16, 8))
+    batch, asked, used = images.__getitems__([0, 1, 2, 5])
+    assert asked.tolist() == [0, 1, 2, 5] and used.tolist() == [0, 3, 3, 5]
+    assert torch.equal(batch[1], read_image(records[3].path, (16, 8), BICUBIC))
+    others = Images(broken_set(tmp_path / "b", [0, 1, 2, 3]), (16, 8))
+    assert others.__getitems__([2])[2].tolist() == [4]       # nobody left of that identity: the next one
+    with pytest.raises(InputError, match="no readable image was found near it") as caught:
+        Images(broken_set(tmp_path / "c", list(range(8))), (16, 8)).__getitems__([0])
+    assert str(tmp_path / "c" / "0.png") in str(caught.value)
+
+
+def test_cache_returns_the_same_pixels(tmp_path):
+    records = broken_set(tmp_path, [])
+    cached, plain = Images(records, (16, 8)), Images(records, (16, 8), cache_bytes=0)
+    assert plain.cache is None
+    for _ in range(2):
+        assert torch.equal(cached.__getitems__([3, 1, 3])[0], plain.__getitems__([3, 1, 3])[0])
+    assert cached.filled.tolist() == [0, 1, 0, 1, 0, 0, 0, 0]
+    assert pickle.loads(pickle.dumps(cached)).cache is None
+
+
+# ---- sampler ---------------------------------------------------------------------------------
+
+
+def random_pids(seed):
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(2, 40)
+    return rng.permutation(np.repeat(np.arange(ids), rng.integers(1, rng.choice([3, 9, 60]), ids))), ids
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_pk_batches(seed):
+    pids, ids = random_pids(seed)
+    rng = np.random.default_rng(seed)
+    P, K = int(rng.integers(2, min(ids, 12) + 1)), int(rng.integers(1, 6))
+    sampler = PKSampler(pids, P, K, seed=seed)
+    count = collections.Counter(pids.tolist())
+    epochs = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        batches = list(sampler)
+        assert len(batches) == len(sampler)
+        for batch in batches:
+            groups = pids[batch].reshape(P, K)
+            assert (groups == groups[:, :1]).all() and len(set(groups[:, 0])) == P
+            for group in np.asarray(batch).reshape(P, K):      # repeats only when the identity is that small
+                assert len(set(group)) == min(K, count[pids[group[0]]])
+        assert set(sum(batches, [])) == set(range(len(pids)))  # every image, in every epoch
+        assert list(sampler) == batches                        # the same epoch again
+        epochs.append(batches)
+    assert epochs[0] != epochs[1] or len(pids) < 8
+    least = max(-(-n // K) for n in count.values())
+    assert len(sampler) == max(least, -(-sum(-(-n // K) for n in count.values()) // P))  # no longer than needed
+
+
+def test_pk_batches_are_shared_by_processes():
+    pids = np.repeat(np.arange(20), 7)
+    whole = list(PKSampler(pids, 8, 3, seed=5))
+    parts = [list(PKSampler(pids, 8, 3, seed=5, rank=r, world=4)) for r in range(4)]
+    assert [sum(p, []) for p in zip(*parts)] == whole
+    assert list(PKSampler(pids, 8, 3, seed=6)) != whole
+
+
+def test_pk_sampler_refuses():
+    with pytest.raises(InputError, match="needs 16 identities, the training set has 3"):
+        PKSampler([0, 0, 1, 2], 16, 4)
+    with pytest.raises(InputError, match="needs 2 identities, the training set has 1"):
+        PKSampler([4, 4, 4], 1, 4)
+    with pytest.raises(InputError, match="cannot be shared by 3"):
+        PKSampler(np.arange(20), 8, 4, world=3)
+
+
+# ---- augmentation ----------------------------------------------------------------------------
+
+
+def test_flip_and_crop_equal_the_loop():
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (6, 3, 12, 7), dtype=torch.uint8)
+    flip, top, left = torch.tensor([0, 1, 0, 1, 1, 0]).bool(), torch.tensor([0, 20, 3, 10, 7, 10]), \
+        torch.tensor([20, 0, 5, 10, 11, 10])
+    out = FineTuneTransform((0.5,) * 3, (0.5,) * 3).flip_and_crop(images, flip, top, left)
+    for i in range(6):
+        image = images[i].flip(-1) if flip[i] else images[i]
+        padded = torch.nn.functional.pad(image, [10] * 4)
+        assert torch.equal(out[i], padded[:, top[i]:top[i] + 12, left[i]:left[i] + 7])
+    assert torch.equal(out[5], images[5])                     # the centre crop undoes the padding
+
+
+def test_normalize_equals_torchvision():
+    from torchvision.transforms.functional import normalize as reference
+    x = torch.randint(0, 256, (2, 3, 5, 4), dtype=torch.uint8)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    torch.testing.assert_close(normalize(x, mean, std), reference(x.float() / 255, mean, std))
+    assert normalize(torch.zeros(1, 3, 1, 1, dtype=torch.uint8), (0.5,) * 3, (0.5,) * 3).unique() == -1
+
+
+def test_random_erasing_distribution():
+    H, W, n = 64, 32, 6000
+    transform = FineTuneTransform((0.5,) * 3, (0.5,) * 3)
+    mask = transform.erase_mask(n, H, W, step_generator(3))[:, 0]
+    erased = mask.flatten(1).any(1)
+    assert abs(erased.float().mean() - 0.5) < 0.02
+    rows, columns = mask.any(2).sum(1)[erased], mask.any(1).sum(1)[erased]
+    assert torch.equal(rows * columns, mask[erased].flatten(1).sum(1))    # a full rectangle, nothing else
+    assert rows.max() < H and columns.max() < W
+    share = rows * columns / (H * W)
+    assert 0.015 < share.min() < 0.03 and 0.31 < share.max() < 0.345     # 2 % to 1/3, up to rounding
+    reference = timm_erasing(H, W, 6000)
+    assert abs(share.mean() - reference.mean()) < 0.006 and abs(share.std() - reference.std()) < 0.006
+    hit = mask[erased].float().mean(0)
+    assert (hit - hit.flip(0)).abs().max() < 0.05 and (hit - hit.flip(1)).abs().max() < 0.05  # no side preferred
+
+
+def timm_erasing(H, W, n):
+    """Erased share of images by the words of the recipe, one image at a time."""
+    rng, shares = np.random.default_rng(0), []
+    while len(shares) < n:
+        for _ in range(10):
+            area, aspect = rng.uniform(0.02, 1 / 3) * H * W, np.exp(rng.uniform(np.log(0.3), np.log(1 / 0.3)))
+            h, w = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+            if h < H and w < W:
+                shares.append(h * w / (H * W))
+                break
+    return np.array(shares)
+
+
+@pytest.mark.parametrize("noise", [True, False])
+def test_transform_is_a_function_of_seed_and_step(noise):
+    images = torch.randint(0, 256, (8, 3, 32, 16), dtype=torch.uint8)
+    transform = FineTuneTransform((0.5,) * 3, (0.5,) * 3, noise=noise)
+    one = transform(images, 7, 100)
+    assert one.shape == images.shape and one.dtype == torch.float32
+    assert torch.equal(one, transform(images, 7, 100))
+    assert not torch.equal(one, transform(images, 7, 101)) and not torch.equal(one, transform(images, 8, 100))
+    halves = [FineTuneTransform((0.5,) * 3, (0.5,) * 3, noise=noise, rank=r, world=2)(part, 7, 100)
+              for r, part in enumerate(images.split(4))]
+    assert torch.equal(torch.cat(halves), one)                # 2 processes augment as one does
+    outside = one.abs() > 1.001                               # only noise leaves the range of pixels
+    assert outside.any() == noise

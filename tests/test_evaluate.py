@@ -1,0 +1,357 @@
+"""CMC and mAP against the definition, the lies an evaluator can tell, weights files, the picture."""
+
+import math
+import os
+import pickle
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, Golden, market_tree, write_image
+from PIL import Image
+
+import evaluate
+import upreid
+from data import InputError, Record, load_dataset
+from evaluate import (GREEN, Gallery, ReIDModel, build_backbone, cmc_map, draw_ranks, filtered_ranking,
+                      load_weights, rank_features, read_checkpoint)
+from personvit import VisionTransformer
+
+# ---- ranking ---------------------------------------------------------------------------------
+
+
+def by_definition(dist, q_pids, g_pids, q_cams, g_cams, max_rank, q_images=None, g_images=None):
+    """CMC and both APs in plain Python, one query at a time, from the words of the protocol."""
+    cmc, APs = np.zeros(max_rank), {"step": [], "market": []}
+    for q in range(len(q_pids)):
+        kept = []
+        for g in range(len(g_pids)):
+            same = q_pids[q] == g_pids[g]
+            copy = q_images is not None and q_images[q] == g_images[g]
+            if not (same and (q_cams[q] == g_cams[g] or copy)):
+                kept.append((float(dist[q][g]), same))
+        kept.sort()  # False < True: among ties the wrong answers come first
+        hits = [rank for rank, (_, same) in enumerate(kept) if same]
+        if not hits:
+            APs["step"].append(math.nan), APs["market"].append(math.nan)
+            continue
+        cmc[hits[0]:] += 1
+        step = market = 0.0
+        for j, p in enumerate(hits):
+            new = (j + 1) / (p + 1)
+            old = j / p if p else 1.0
+            step += new / len(hits)
+            market += (old + new) / 2 / len(hits)
+        APs["step"].append(step), APs["market"].append(market)
+    valid = sum(not math.isnan(a) for a in APs["step"])
+    return cmc / max(valid, 1), APs, valid
+
+
+def random_problem(seed: int):
+    """A small random problem: coarse distances (many ties), junk, distractors, ids without a match."""
+    rng = np.random.default_rng(seed)
+    Q, G = rng.integers(1, 12), rng.integers(1, 60)
+    ids, cams = rng.integers(1, 8), rng.integers(1, 4)
+    dist = rng.integers(0, rng.choice([3, 20, 10_000]), (Q, G)).astype(rng.choice(["float32", "float64"]))
+    return (dist, rng.integers(0, ids + 1, Q), rng.integers(0, ids + 1, G), rng.integers(0, cams, Q),
+            rng.integers(0, cams, G), rng.integers(0, 30, Q), rng.integers(0, 30, G))
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_cmc_map_equals_the_definition(seed):
+    dist, qp, gp, qc, gc, qi, gi = random_problem(seed)
+    images = dict(q_images=qi, g_images=gi) if seed % 2 else {}
+    cmc, APs, valid = by_definition(dist, qp, gp, qc, gc, 12, **images)
+    if not valid:
+        with pytest.raises(InputError, match="no query has a right answer"):
+            cmc_map(dist, qp, gp, qc, gc, 12, **images)
+        return
+    for ap in ("step", "market"):
+        result = cmc_map(dist, qp, gp, qc, gc, 12, ap=ap, **images)
+        np.testing.assert_allclose(result.cmc, cmc, atol=1e-12)
+        np.testing.assert_allclose(result.AP, APs[ap], atol=1e-12)
+        assert result.mAP == pytest.approx(np.nanmean(APs[ap])) and result.mAP == result.mAPs[ap]
+        assert (result.valid, result.total) == (valid, len(qp))
+        assert f"valid queries {valid}/{len(qp)}" in str(result)
+
+
+def test_equals_reference():
+    golden = Golden("cmc_map")
+    args = [golden[k].numpy() for k in ("distmat", "q_pids", "g_pids", "q_camids", "g_camids")]
+    before = args[0].copy()
+    result = cmc_map(*args)
+    np.testing.assert_allclose(result.cmc, golden["cmc"], atol=1e-6)
+    np.testing.assert_allclose(result.AP, golden["AP"], atol=1e-9)
+    assert result.mAP == pytest.approx(float(golden["mAP"]), abs=1e-9)
+    assert np.array_equal(args[0], before)  # the caller's matrix is not touched
+
+
+@pytest.mark.parametrize("hits, step, market", [  # worked by hand, and published examples
+    ([1, 0, 1], 0.833333, 0.791667), ([0, 1, 0, 1, 1], 0.533333, 0.405556), ([1, 1, 1], 1, 1),
+    ([0, 0, 1], 0.333333, 0.166667), ([1, 1, 0, 1, 0, 0, 1], 0.8304, 0.8110)])
+def test_average_precision_examples(hits, step, market):
+    result = cmc_map([list(range(len(hits)))], [1], hits, [0], [1] * len(hits))
+    assert result.mAPs["step"] == pytest.approx(step, abs=5e-5)
+    assert result.mAPs["market"] == pytest.approx(market, abs=5e-5)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_features_rank_as_their_distances(seed):
+    rng = np.random.default_rng(seed)
+    _, qp, gp, qc, gc, _, _ = random_problem(seed + 1000)
+    q = torch.nn.functional.normalize(torch.tensor(rng.normal(size=(len(qp), 9))).float(), dim=1)
+    g = torch.nn.functional.normalize(torch.tensor(rng.normal(size=(len(gp), 9))).float(), dim=1)
+    if not by_definition(np.zeros((len(qp), len(gp))), qp, gp, qc, gc, 5)[2]:
+        pytest.skip("no valid query in this draw")
+    dense = cmc_map(2 - 2 * (q.double() @ g.double().T), qp, gp, qc, gc)
+    for chunk in (1, 3, 256):
+        result = rank_features(q, qp, qc, g, gp, gc, chunk=chunk)
+        np.testing.assert_allclose(result.cmc, dense.cmc, atol=1e-12)
+        np.testing.assert_allclose(result.AP, dense.AP, atol=1e-12)
+
+
+def test_collapsed_network_scores_at_chance():
+    torch.manual_seed(0)
+    ids, cams = torch.arange(40).repeat(3), torch.arange(3).repeat_interleave(40)
+    point = torch.nn.functional.normalize(torch.randn(1, 384), dim=1)
+    features = point.expand(120, -1)
+    for noise in (0, 1e-9):  # rounding noise around one point is a collapse as well
+        f = torch.nn.functional.normalize(features + noise * torch.randn(120, 384), dim=1)
+        result = rank_features(f[:40], ids[:40], cams[:40], f[40:], ids[40:], cams[40:])
+        assert result.cmc[0] == 0 and result.mAP < 0.05
+    assert cmc_map(np.zeros((1, 4)), [1], [1, 1, 2, 3], [0], [1, 1, 1, 1]).cmc[0] == 0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_broken_features_raise(value):
+    f = torch.eye(4)
+    f[2, 1] = value
+    with pytest.raises(ValueError, match="NaN"):
+        rank_features(f, [1, 2, 3, 4], [0] * 4, torch.eye(4), [1, 2, 3, 4], [1] * 4)
+    with pytest.raises(ValueError, match="NaN"):
+        cmc_map([[math.nan, 1.0]], [1], [1, 2], [0], [1, 1])
+
+
+def test_copies_of_the_query_never_count():
+    f = torch.nn.functional.normalize(torch.randn(6, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    pids = [1, 1, 2, 2, 3, 3]
+    honest = rank_features(f, pids, [0] * 6, f, pids, [1] * 6, q_images=range(6), g_images=range(6))
+    lie = rank_features(f, pids, [0] * 6, f, pids, [1] * 6)
+    assert lie.cmc[0] == 1 and honest.cmc[0] < 1
+    alone = rank_features(f, pids, list(range(6)), f, pids, list(range(6)))  # an image is its own camera
+    np.testing.assert_allclose(alone.AP, honest.AP)
+
+
+def test_no_valid_query_is_explained():
+    with pytest.raises(InputError) as caught:
+        cmc_map(np.ones((5, 3)), [1, 1, 2, 8, 9], [1, 2, 3], [0] * 5, [0] * 3)
+    text = str(caught.value)
+    assert "of 5 queries, 2 have an id that is not in the gallery, 3 have it only" in text and "--cams none" in text
+
+
+def test_shapes_must_agree():
+    with pytest.raises(InputError, match="2 queries"):
+        cmc_map(np.ones((2, 3)), [1, 2], [1, 2], [0, 0], [1, 1])
+    with pytest.raises(InputError, match="'step' or 'market'"):
+        cmc_map(np.ones((1, 1)), [1], [1], [0], [1], ap="sklearn")
+
+
+MARKET = next((p for p in (Path(os.environ.get("REID_DATA", ROOT / "data")) / "Market-1501-v15.09.15",)
+               if (p / "gt_query").is_dir()), None)
+
+
+@pytest.mark.skipif(MARKET is None, reason="Market-1501 with gt_query is not here (REID_DATA names its parent)")
+def test_official_good_and_junk_lists_agree():
+    from scipy.io import loadmat
+    dataset = load_dataset("market1501", MARKET)
+    listing = sorted(p.name for p in (MARKET / "bounding_box_test").glob("*.jpg"))  # .mat files count these from 1
+    place = {name: i + 1 for i, name in enumerate(listing)}
+    in_listing = np.array([place[os.path.basename(r.path)] for r in dataset.gallery])
+    gallery = Gallery([r.pid for r in dataset.gallery], [r.camid for r in dataset.gallery])
+    assert len(dataset.query) == 3368
+    for record in dataset.query:
+        columns, match, same = gallery.split(torch.tensor([record.pid]), torch.tensor([record.camid]), None)
+        stem = os.path.basename(record.path).split(".")[0]
+        good, junk = (set(loadmat(MARKET / "gt_query" / f"{stem}_{kind}.mat")[f"{kind}_index"].flatten().tolist())
+                      for kind in ("good", "junk"))
+        assert set(in_listing[columns[match].numpy()].tolist()) == good
+        own = set(in_listing[columns[same & ~match].numpy()].tolist())
+        gone = {place[n] for n in listing if n.startswith("-1")}  # junk of pid -1 was dropped on reading
+        assert own == {i for i in junk if i not in gone and i <= len(listing)} or (not own and len(junk) == 1)
+
+
+# ---- model and weights -----------------------------------------------------------------------
+
+
+def test_model_names_and_outputs():
+    model = ReIDModel(VisionTransformer((32, 16), 8, embed_dim=12, depth=1, num_heads=2), 5)
+    assert {k.split(".")[0] for k in model.state_dict()} == {"base", "bottleneck", "classifier"}
+    assert not model.bottleneck.bias.requires_grad and model.classifier.bias is None
+    x = torch.randn(4, 3, 32, 16)
+    scores, feature = model.train()(x)
+    assert scores.shape == (4, 5) and feature.shape == (4, 12)
+    before = model.eval()(x)
+    torch.testing.assert_close(before, model.base(x))
+    model.neck_feat = "after"
+    torch.testing.assert_close(model(x), model.bottleneck(before))
+
+
+def save(tmp_path, content):
+    torch.save(content, tmp_path / "w.pth")
+    return tmp_path / "w.pth"
+
+
+def test_load_weights_formats(tmp_path):
+    torch.manual_seed(0)
+    source = build_backbone("vit_tiny", (128, 64)).state_dict()
+    heads = {"head.weight": torch.zeros(10, 192), "fc.bias": torch.zeros(3)}
+    formats = [source, source | heads, {"state_dict": source}, {"model": {"base." + k: v for k, v in source.items()}
+               | {"classifier.weight": torch.zeros(9, 192)}},
+               {"teacher": {"backbone." + k: v for k, v in source.items()} | {"head.mlp.0.bias": torch.zeros(4)}},
+               {"module.base." + k: v for k, v in source.items()}]
+    for content in formats:
+        net = build_backbone("vit_tiny", (128, 64))
+        assert "150/150" in load_weights(save(tmp_path, content), net)
+        assert all(torch.equal(v, source[k]) for k, v in net.state_dict().items())
+    bigger = build_backbone("vit_tiny", (256, 128))
+    assert "pos_embed 8x4 -> 16x8" in load_weights(save(tmp_path, source), bigger)
+    # torchvision's ResNet-50 with its classifier
+    import torchvision
+    theirs = torchvision.models.resnet50(weights=None).state_dict()
+    ours = upreid.resnet50()
+    assert "dropped: 2 (fc.weight, fc.bias)" in load_weights(save(tmp_path, theirs), ours)
+    assert torch.equal(ours.layer4[2].conv3.weight, theirs["layer4.2.conv3.weight"])
+
+
+def test_wrong_weights_are_refused_and_change_nothing(tmp_path):
+    net = build_backbone("vit_tiny", (128, 64))
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    small = build_backbone("vit_tiny", (128, 64)).state_dict()
+    del small["blocks.3.attn.qkv.weight"]
+    for content, words in [(upreid.resnet_tiny().state_dict(), "another architecture.*a ResNet"),
+                           (build_backbone("vit_small", (128, 64)).state_dict(), "another shape.*a ViT"),
+                           (small, "1 of 150 backbone weights missing.*missing blocks.3.attn.qkv.weight"),
+                           ({"epoch": 3}, "150 of 150"), ([1, 2], "holds a list")]:
+        with pytest.raises(InputError, match=words):
+            load_weights(save(tmp_path, content), net)
+        assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def test_damaged_and_hostile_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    good = save(tmp_path, {"a": torch.randn(1000)}).read_bytes()
+    rng = random.Random(0)
+    cases = {"empty": b"", "text": b"hello " * 99, "half": good[:len(good) // 2], "short": good[:-50],
+             "noise": rng.randbytes(5000), "pickle": pickle.dumps(Hostile()),
+             "json": b'{"model": 1}', "zip": b"PK\x03\x04" + rng.randbytes(300)}
+    torch.save({"x": Hostile()}, "hostile.pth")
+    cases["zipped pickle"] = Path("hostile.pth").read_bytes()
+    for name, content in cases.items():
+        Path(name).write_bytes(content)
+        with pytest.raises(InputError) as caught:
+            read_checkpoint(name)
+        assert name in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="no such weights file"):
+        read_checkpoint("absent.pth")
+    with pytest.raises(InputError, match="not a whole weights file"):
+        read_checkpoint(tmp_path)
+    assert not Path("executed").exists()
+
+
+def test_a_bare_backbone_is_no_model(tmp_path):
+    with pytest.raises(InputError, match="Fine-tune it first"):
+        evaluate.load_model(save(tmp_path, upreid.resnet_tiny().state_dict()))
+
+
+# ---- features, picture -----------------------------------------------------------------------
+
+
+class MeanColour(torch.nn.Module):
+    """A stand-in for a network: three means."""
+
+    def forward(self, x):
+        return x.mean((2, 3)) + 0.1
+
+
+RECIPE = {"size": (16, 8), "mean": [0.5] * 3, "std": [0.5] * 3}
+
+
+def test_extraction_is_independent_of_batches_and_workers(market):
+    dataset = load_dataset("market1501", market)
+    runs = [evaluate.extract(MeanColour(), dataset.gallery, **RECIPE, batch_size=b, workers=w)
+            for b, w in ((1, 0), (5, 2), (64, 1))]
+    for features, images in runs[1:]:
+        torch.testing.assert_close(features, runs[0][0], rtol=1e-6, atol=1e-7)
+        assert torch.equal(images, runs[0][1])
+    torch.testing.assert_close(runs[0][0].norm(dim=1), torch.ones(len(dataset.gallery)))
+
+
+def test_unreadable_image_is_named(market):
+    broken = market / "query" / "0003_c1s1_005010_00.jpg"
+    for content in (b"", b"not an image", broken.read_bytes()[:200]):
+        broken.write_bytes(content)
+        dataset = load_dataset("market1501", market)
+        for workers in (0, 1):  # one clear line, from a worker's traceback too
+            with pytest.raises(InputError) as caught:
+                evaluate.evaluate(MeanColour(), dataset, RECIPE, workers=workers)
+            assert str(broken) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_not_finite_features_are_an_error(market):
+    class Broken(MeanColour):
+        def forward(self, x):
+            return super().forward(x) * torch.nan
+
+    with pytest.raises(InputError, match="not finite"):
+        evaluate.evaluate(Broken(), load_dataset("market1501", market), RECIPE, workers=0)
+
+
+def test_folder_without_cameras_excludes_the_image_alone(tmp_path):
+    for i in range(3):
+        for k in range(4):
+            write_image(tmp_path / f"{i:04d}_{k}.jpg", 10 * i + k)
+    dataset = load_dataset("folder", tmp_path)
+    result, q, g = evaluate.evaluate(MeanColour(), dataset, RECIPE, workers=0)
+    assert result.valid == result.total == 12
+    order, _ = filtered_ranking(q, g, 5)
+    assert sorted(order.tolist()) == [i for i in range(12) if i != 5]
+    one_camera = tmp_path / "one"
+    for p in sorted(tmp_path.glob("*.jpg")):
+        write_image(one_camera / p.name.replace("_", "_c1_", 1), int(p.stem.replace("_", "")))
+    dataset = load_dataset("folder", one_camera)
+    with pytest.raises(InputError, match="--cams none"):
+        evaluate.evaluate(MeanColour(), dataset, RECIPE, workers=0)
+    assert evaluate.evaluate(MeanColour(), dataset, RECIPE, use_cameras=False, workers=0)[0].valid == 12
+
+
+def test_first_column_is_green_for_exactly_the_hits(tmp_path):
+    root = market_tree(tmp_path / "market1501", ids=12, images=4)
+    rng = np.random.default_rng(0)
+    for path in root.glob("*/*.jpg"):  # an identity is a shade, blurred so far that about half are found
+        shade = 8 * int(path.name[:4]) + rng.integers(0, 20, 3)
+        Image.new("RGB", (8, 16), tuple(shade.tolist())).save(path)
+    dataset = load_dataset("market1501", root)
+    result, q, g = evaluate.evaluate(MeanColour(), dataset, RECIPE, workers=0)
+    draw_ranks(tmp_path / "ranks.png", dataset, q, g, rows=12, columns=3)
+    picture = Image.open(tmp_path / "ranks.png")
+    tops = [y for y in range(picture.height) if picture.getpixel((12, y)) == evaluate.GREY
+            and picture.getpixel((12, y - 1)) != evaluate.GREY]
+    assert len(tops) == 12
+    frames = [picture.getpixel((14 * 2 + 64 + 14 - 2, y + 60)) for y in tops]
+    firsts = [bool(g.pids[filtered_ranking(q, g, i)[0][0]] == q.pids[i]) for i in range(12)]
+    assert [f == GREEN for f in frames] == firsts
+    assert np.mean(firsts) == pytest.approx(result.cmc[0]) and 0 < sum(firsts) < 12
+
+
+def test_histogram_counts_colours(tmp_path):
+    for name, colour in (("a", (255, 0, 0)), ("b", (255, 0, 0)), ("c", (0, 0, 255))):
+        Image.new("RGB", (8, 16), colour).save(tmp_path / f"{name}.png")
+    f = evaluate.colour_histograms([Record(str(tmp_path / f"{n}.png"), 1, 0) for n in "abc"])
+    torch.testing.assert_close(f @ f.T, torch.tensor([[1.0, 1, 0], [1, 1, 0], [0, 0, 1]]))

@@ -1,0 +1,319 @@
+"""Losses, schedule and three whole steps against the reference; resuming, run folders, command line."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, Golden, market_tree
+
+import train
+from data import InputError, load_dataset
+from evaluate import ReIDModel
+from personvit import VisionTransformer
+from train import Recipe, Run, cosine, fine_tune, hardest, learning_rate, make_optimizer, recipe_for, triplet_loss
+
+# ---- losses and schedule ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, margin", [("triplet_soft", None), ("triplet_margin03", 0.3)])
+def test_triplet_equals_reference(name, margin):
+    golden = Golden(name)
+    features = golden["features"].requires_grad_()
+    loss = triplet_loss(features, golden["labels"], margin)
+    loss.backward()
+    torch.testing.assert_close(loss, golden["loss"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(features.grad, golden["grad"], rtol=1e-4, atol=1e-6)
+    d_ap, d_an = hardest(features, golden["labels"])
+    torch.testing.assert_close(d_ap, golden["dist_ap"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(d_an, golden["dist_an"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_triplet_equals_the_loop(seed):
+    rng = np.random.default_rng(seed)
+    B, D = rng.integers(3, 12), rng.integers(2, 6)
+    labels = np.concatenate([[0, 1], rng.integers(0, 3, B - 2)])  # unequal counts, lone images
+    f = rng.normal(size=(B, D))
+    soft, hard = [], []
+    for i in range(B):
+        d = [math.dist(f[i], f[j]) for j in range(B)]
+        d_ap = max(d[j] for j in range(B) if labels[j] == labels[i])
+        d_an = min(d[j] for j in range(B) if labels[j] != labels[i])
+        soft.append(math.log1p(math.exp(d_ap - d_an)))
+        hard.append(max(0, d_ap - d_an + 0.3))
+    x, y = torch.tensor(f), torch.tensor(labels)
+    assert float(triplet_loss(x, y)) == pytest.approx(np.mean(soft), rel=1e-4)
+    assert float(triplet_loss(x, y, 0.3)) == pytest.approx(np.mean(hard), rel=1e-4, abs=1e-5)
+
+
+def test_triplet_at_the_edges():
+    same = torch.ones(4, 3, requires_grad=True)
+    loss = triplet_loss(same, torch.tensor([0, 0, 1, 1]))
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-6) and same.grad.isfinite().all()
+    huge = (torch.randn(8, 16) * 1e3).to(torch.bfloat16)
+    assert triplet_loss(huge, torch.arange(8) // 2).isfinite()
+    with pytest.raises(ValueError, match="two identities"):
+        triplet_loss(torch.randn(4, 3), torch.zeros(4))
+
+
+def test_learning_rates_equal_reference():
+    golden, recipe = Golden("finetune_3steps"), Recipe()
+    for scale, key in ((1.0, "lr_weight"), (recipe.bias_lr, "lr_bias")):
+        rates = [learning_rate(recipe, epoch, scale) for epoch in range(120)]
+        np.testing.assert_allclose(rates, golden[key], rtol=1e-6)
+    samples = {1: 4.0e-6, 2: 2.38e-5, 10: 1.822e-4, 20: 3.802e-4, 21: 3.733e-4, 60: 2.056e-4, 120: 8.68e-7}
+    for epoch, rate in samples.items():
+        assert learning_rate(recipe, epoch - 1) == pytest.approx(rate, rel=1e-3)
+
+
+def test_step_schedule_of_bag_of_tricks():
+    recipe = recipe_for("market1501", "resnet50")
+    rates = [learning_rate(recipe, e) / recipe.lr for e in (0, 5, 10, 39, 40, 69, 70, 119)]
+    np.testing.assert_allclose(rates, [0.01, 0.505, 1, 1, 0.1, 0.1, 0.01, 0.01], rtol=1e-9)
+
+
+def test_three_steps_equal_reference():
+    golden, recipe = Golden("finetune_3steps"), Recipe()
+    model = ReIDModel(VisionTransformer((64, 32), 16, embed_dim=24, depth=2, num_heads=3), 10)
+    model.load_state_dict(golden.state("w."), strict=True)
+    optimizer = make_optimizer(recipe, model.train())
+    for i in (1, 2, 3):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(recipe, i - 1, group["scale"])
+        labels = golden[f"y{i}"]
+        scores, feature = model(golden[f"x{i}"])
+        loss = F.cross_entropy(scores, labels) + triplet_loss(feature, labels)
+        torch.testing.assert_close(scores, golden[f"score{i}"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(feature, golden[f"feat{i}"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(loss, golden[f"loss{i}"], rtol=1e-4, atol=1e-5)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for key, value in golden.state("after.").items():
+        torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-4, atol=1e-5, msg=key)
+    torch.testing.assert_close(model.eval()(golden["x_eval"]), golden["feat_eval"], rtol=1e-4, atol=1e-5)
+
+
+def test_recipes():
+    assert recipe_for("msmt17") == recipe_for("market1501") == Recipe()      # the published ViT-S recipe
+    assert recipe_for("msmt17", "vit_base") == Recipe(arch="vit_base")
+    assert recipe_for("market1501", "vit_base").warmup == 5
+    bot = recipe_for("msmt17", "resnet50")
+    assert (bot.smoothing, bot.margin, bot.last_stride, bot.neck_feat) == (0.1, 0.3, 1, "after")
+    assert recipe_for("synthetic").size == (128, 64)
+    with pytest.raises(InputError, match="did you mean vit_small"):
+        recipe_for("msmt17", "vit_smal")
+
+
+# ---- the loop --------------------------------------------------------------------------------
+
+TINY = Recipe(arch="vit_tiny", size=(32, 16), epochs=2, ids=3, images=2, lr=0.01, warmup=1, drop_path=0.3, seed=5)
+
+
+def tiny_run(dataset, folder, recipe=TINY, **kwargs):
+    run = Run(folder, dataclasses.asdict(recipe))
+    return fine_tune(recipe, dataset, run, workers=0, log_every=2, **kwargs), run
+
+
+def log_lines(run):
+    """The log without what a clock measured."""
+    lines = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("img_s", "wait", "left")} for line in lines]
+
+
+@pytest.fixture
+def dataset(market):
+    return load_dataset("market1501", market)
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 4])
+def test_resumed_run_equals_the_uninterrupted_one(dataset, tmp_path, stop_at, monkeypatch):
+    whole, run_whole = tiny_run(dataset, tmp_path / "whole")
+    saves = []
+
+    def save_then_die(self, name, content, save=Run.save):
+        save(self, name, content)
+        saves.append(content["step"])
+        if content["step"] == stop_at:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "save", save_then_die)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_run(dataset, tmp_path / "cut", save_every=1)
+    monkeypatch.undo()
+    assert saves == list(range(1, stop_at + 1))
+    with open(tmp_path / "cut" / "log.jsonl", "a") as log:      # lines of steps after the checkpoint
+        log.write('{"step": 999}\n')
+    resumed, run_cut = tiny_run(dataset, tmp_path / "cut", save_every=1)
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+    logs = log_lines(run_whole), log_lines(run_cut)
+    assert logs[0][-1] == logs[1][-1] and [line["step"] for line in logs[1]] == sorted(
+        {line["step"] for line in logs[1]})
+
+
+def test_workers_change_nothing(dataset, tmp_path):
+    models = []
+    for workers in (0, 2):
+        run = Run(tmp_path / str(workers), {})
+        models.append(fine_tune(TINY, dataset, run, workers=workers).state_dict())
+    assert all(torch.equal(v, models[1][k]) for k, v in models[0].items())
+
+
+def test_weights_of_the_recipe_are_used(dataset, tmp_path):
+    start = VisionTransformer((32, 16), embed_dim=192, depth=12, num_heads=3)
+    torch.save({"backbone": start.state_dict()}, tmp_path / "start.pth")
+    recipe = dataclasses.replace(TINY, lr=0.0, epochs=1)         # at rate 0 the backbone must not move
+    model, _ = tiny_run(dataset, tmp_path / "run", recipe, weights=tmp_path / "start.pth")
+    assert all(torch.equal(v, model.base.state_dict()[k]) for k, v in start.state_dict().items())
+
+
+def test_broken_images_are_counted_and_too_many_stop_the_run(tmp_path):
+    root = market_tree(tmp_path / "market1501", ids=4, images=60)  # 240 images: 2 are below 1 %
+    files = sorted((root / "bounding_box_train").iterdir())
+    for path in files[:2]:
+        path.write_bytes(b"broken")
+    recipe = dataclasses.replace(TINY, epochs=1, images=8)
+    _, run = tiny_run(load_dataset("market1501", root), tmp_path / "a", recipe)
+    assert log_lines(run)[-1]["broken_images"] == 2
+    for path in files[2:5]:
+        path.write_bytes(b"")
+    with pytest.raises(InputError, match="of 240 training images cannot be read, more than 1 %"):
+        tiny_run(load_dataset("market1501", root), tmp_path / "b", recipe)
+
+
+def test_loss_that_is_not_finite_stops_before_the_weights_are_touched(dataset, tmp_path, monkeypatch):
+    real, models = train.triplet_loss, []
+    monkeypatch.setattr(train, "triplet_loss", lambda *args: real(*args) * torch.nan)
+    monkeypatch.setattr(train, "ReIDModel", lambda *args: models.append(ReIDModel(*args)) or models[-1])
+    with pytest.raises(InputError, match="loss is nan at step 0.*lower --lr"):
+        tiny_run(dataset, tmp_path / "run")
+    assert all(p.isfinite().all() for p in models[0].parameters())
+
+
+# ---- run folders -----------------------------------------------------------------------------
+
+
+def test_run_folder_of_another_recipe(tmp_path):
+    Run(tmp_path / "run", {"lr": 0.1, "size": (4, 2)}).save("checkpoint.pth", {"step": 1})
+    assert Run(tmp_path / "run", {"lr": 0.1, "size": (4, 2)}).load("checkpoint.pth") == {"step": 1}
+    with pytest.raises(InputError, match=r"another recipe \(lr: 0.1 there, 0.2 now\).*--out.*--overwrite"):
+        Run(tmp_path / "run", {"lr": 0.2, "size": (4, 2)})
+    assert Run(tmp_path / "run", {"lr": 0.2}, overwrite=True).load("checkpoint.pth") is None
+    (tmp_path / "run" / "recipe.json").write_text("{")
+    with pytest.raises(InputError, match="damaged"):
+        Run(tmp_path / "run", {"lr": 0.2})
+
+
+def test_files_of_the_user_are_kept(tmp_path):
+    (tmp_path / "model.pth").write_text("mine")
+    (tmp_path / "notes.txt").write_text("mine too")
+    with pytest.raises(InputError, match="holds files of something else"):
+        Run(tmp_path, {})
+    Run(tmp_path, {}, overwrite=True)
+    assert (tmp_path / "notes.txt").exists() and not (tmp_path / "model.pth").exists()
+
+
+def test_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="choose another folder with --out"):
+        Run(tmp_path / "file" / "run", {})
+
+
+def test_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    run = Run(tmp_path / "run", {})
+    run.save("checkpoint.pth", {"step": 1})
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match="No space left"):
+        run.save("checkpoint.pth", {"step": 2})
+    assert run.load("checkpoint.pth") == {"step": 1}
+
+
+# ---- command line ----------------------------------------------------------------------------
+
+
+def command(*args, **kwargs):
+    return subprocess.run([sys.executable, ROOT / "train.py", *map(str, args)], capture_output=True, text=True,
+                          **kwargs)
+
+
+def start_command(*args):
+    env = os.environ | {"OMP_NUM_THREADS": "1"}  # a network this small only waits for its second thread
+    return subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, args)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, start_new_session=True, env=env)
+
+
+def test_mistakes_get_one_line(tmp_path):
+    market_tree(tmp_path / "market1501")
+    for args, words in [(["--dataset", "msmt"], "did you mean msmt17"),
+                        (["--arch", "resnet5"], "did you mean resnet50"),
+                        (["--optimizer", "lion"], "choose from sgd, adam, adamw"),
+                        (["--dataset", "market1501"], "needs 16 identities, the training set has 4"),
+                        (["--dataset", "market1501", "--ids", 2, "--weights", tmp_path / "no.pth"], "no such weights")]:
+        done = command("--data-root", tmp_path, "--out", tmp_path / "run", "--overwrite", *args)
+        assert done.returncode == 1 and re.search(words, done.stderr), done.stderr
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert command("--size", "256").returncode == 2
+    assert not list(tmp_path.glob("run/*.pth"))
+
+
+def test_ctrl_c_says_where_the_checkpoint_is_and_the_same_command_goes_on(tmp_path):
+    market_tree(tmp_path / "market1501")
+    args = ["--dataset", "market1501", "--data-root", tmp_path, "--out", tmp_path / "run", "--arch", "vit_tiny",
+            "--size", "32x16", "--ids", "2", "--images", "2", "--workers", "1", "--device", "cpu"]
+    process = start_command(*args, "--epochs", 5000)
+    while '"step"' not in process.stdout.readline():
+        pass
+    os.killpg(process.pid, signal.SIGINT)                       # as the terminal does: workers get it too
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Traceback" not in err
+    stopped = int(re.search(r"stopped after step ([\d,]+) of 20,000; .*checkpoint.pth", err)[1].replace(",", ""))
+    again = start_command(*args, "--epochs", 5000)
+    text = ""
+    while '"step"' not in text:
+        text += again.stdout.readline()
+    again.send_signal(signal.SIGTERM)
+    again.communicate(timeout=60)
+    assert f"going on at step {stopped:,}" in text
+    done = command(*args, "--epochs", "5001")
+    assert done.returncode == 1 and "epochs: 5000 there, 5001 now" in done.stderr
+
+
+def test_end_to_end_beats_the_untrained_network(tmp_path):
+    """Draw people, fine-tune, evaluate, from the command line; then evaluate the saved file again."""
+    from synthetic import make_synthetic
+    make_synthetic(tmp_path / "synthetic", train_ids=40, test_ids=20)
+    common = ["--dataset", "synthetic", "--data-root", tmp_path, "--workers", "0", "--device", "cpu"]
+    results = {}
+    for name, epochs in (("untrained", 0), ("trained", 12)):
+        done = command(*common, "--epochs", epochs, "--out", tmp_path / name, timeout=280)
+        assert done.returncode == 0, done.stderr
+        results[name] = json.loads((tmp_path / name / "results.json").read_text())
+    assert results["trained"]["mAP"] > results["untrained"]["mAP"] + 0.25, results
+    assert results["trained"]["valid"] == results["trained"]["queries"]
+    again = command(*common, "--epochs", 12, "--out", tmp_path / "trained")
+    assert again.returncode == 0 and json.loads((tmp_path / "trained" / "results.json").read_text())["mAP"] == \
+        results["trained"]["mAP"]
+    done = subprocess.run([sys.executable, ROOT / "evaluate.py", "--dataset", "synthetic", "--data-root", tmp_path,
+                           "--weights", tmp_path / "trained" / "model.pth", "--ranks", tmp_path / "r.png",
+                           "--workers", "0", "--device", "cpu"], capture_output=True, text=True)
+    assert done.returncode == 0 and f"mAP {results['trained']['mAP']:.2%}" in done.stdout, done.stderr
+    assert (tmp_path / "r.png").stat().st_size > 10_000
+
+
+def test_cosine_ends():
+    assert cosine(0, 3, 1) == 3 and cosine(1, 3, 1) == 1 and cosine(0.5, 3, 1) == 2 and cosine(9, 3, 1) == 1
