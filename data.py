@@ -631,13 +631,18 @@ class FineTuneTransform:
         return (rows[:, :, None] & columns[:, None, :])[:, None]
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Count a dataset, or draw synthetic people.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--dataset", help="a known set or any folder: counts beside the published ones")
     parser.add_argument("--data-root", default="data", help="folder that holds the datasets")
     parser.add_argument("--train-only", action="store_true", help="MSMT17 without its val list")
     parser.add_argument("--synthetic", metavar="DIR", help="draw the synthetic people into this folder")
+    return parser
+
+
+def main() -> None:
+    parser = make_parser()
     args = parser.parse_args()
     if not args.dataset and not args.synthetic:
         parser.error("nothing to do: give --dataset NAME or --synthetic DIR")

@@ -483,7 +483,7 @@ def draw_ranks(file: str | Path, dataset, q: Features, g: Features, rows: int = 
         raise InputError(f"{file}: the picture cannot be written ({error.strerror})") from None
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="CMC and mAP of a fine-tuned model on a ReID dataset.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--dataset", required=True, metavar="NAME", help=f"{', '.join(NAMES)} or any folder")
@@ -497,7 +497,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes that decode images")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 forward pass, float32 ranking")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = make_parser().parse_args()
     model, recipe = load_model(args.weights)
     dataset = load_dataset(args.dataset, args.data_root)
     print(f"{args.weights}: {recipe['arch']} at {recipe['size'][0]}x{recipe['size'][1]}, feature "

@@ -29,6 +29,7 @@ from PIL import Image, ImageDraw, ImageFilter
 # So few colours that many people share theirs: colour alone cannot tell them apart.
 CLOTHES = [(46, 46, 52), (222, 220, 214), (130, 134, 140), (44, 60, 112), (172, 52, 54),
            (62, 116, 84), (194, 162, 112), (92, 142, 190)]
+OUTFITS = 24  # combinations of garments in the whole town
 SKINS = [(246, 212, 186), (226, 180, 146), (186, 134, 98), (124, 82, 58)]
 HAIRS = [(36, 30, 30), (88, 56, 36), (206, 166, 96), (148, 144, 140), (142, 66, 36)]
 TORSO = [(.845, .03, .03), (.815, .095, .045), (.76, .112, .066), (.62, .094, .062),
@@ -52,24 +53,35 @@ PRINTS = {"disc": lambda a, b: a ** 2 + b ** 2 < .8,
           "chevron": lambda a, b: abs(b - .6 + 1.2 * abs(a)) < .4}
 
 
-def identity(rng):
-    """Draw all that stays the same from one image of a person to the next."""
-    def pick(*options):
-        return options[rng.integers(len(options))]
+def make_person(seed, pid):
+    """Draw all that stays the same from one image of a person to the next.
 
-    def dye():
-        return tuple(np.clip(pick(*CLOTHES) + rng.normal(0, 5, 3), 0, 255).astype(int).tolist())
+    Garments come from a wardrobe of OUTFITS for everybody, so each person meets several others
+    dressed alike: prints, bag, hat, hair and shoes must tell them apart.
+    """
+    rng = np.random.default_rng([seed, pid, 0])  # number 0 is the person, not one of the images
+    wardrobe = np.random.default_rng([seed, 0, 100 + rng.integers(OUTFITS)])  # no person has pid 0
+
+    def pick(source, *options):
+        return options[source.integers(len(options))]
+
+    def dye(source):
+        colour = pick(source, *CLOTHES) + rng.normal(0, 5, 3)  # each piece faded in its own way
+        return tuple(np.clip(colour, 0, 255).astype(int).tolist())
 
     return SimpleNamespace(
-        height=rng.normal(1, .05), build=rng.uniform(.85, 1.25), skin=pick(*SKINS),
-        hair=pick(*HAIRS), style=pick("short", "short", "long", "tail", "bun", "bald"),
-        hat=pick(None, None, None, "cap", "bobble"), hat_colour=dye(),
-        upper=(dye(), dye(), pick(*["plain"] * 5, *PATTERNS)), hem=pick(.49, .49, .45, .36),
-        sleeve=pick(.1, .7, 1, 1), prints=[(pick(*PRINTS), dye(), pick(False, True, True))
-                                           for _ in ("chest", "back")],
-        lower=(dye(), dye(), pick(*["plain"] * 6, "stripes", "checks", "blocks")),
-        legs=pick("trousers", "trousers", "shorts", "skirt"), shoe=dye(), bag_colour=dye(),
-        bag=pick(None, "backpack", "backpack", "shoulder", "hand"), bag_side=pick(-1, 1))
+        upper=(dye(wardrobe), dye(wardrobe), pick(wardrobe, *["plain"] * 5, *PATTERNS)),
+        lower=(dye(wardrobe), dye(wardrobe),
+               pick(wardrobe, *["plain"] * 6, "stripes", "checks", "blocks")),
+        legs=pick(wardrobe, "trousers", "trousers", "shorts", "skirt"),
+        hem=pick(wardrobe, .49, .49, .45, .36), sleeve=pick(wardrobe, .1, .7, 1, 1),
+        height=rng.normal(1, .05), build=rng.uniform(.85, 1.25), skin=pick(rng, *SKINS),
+        hair=pick(rng, *HAIRS), style=pick(rng, "short", "short", "long", "tail", "bun", "bald"),
+        hat=pick(rng, None, None, None, "cap", "bobble"), hat_colour=dye(rng), shoe=dye(rng),
+        prints=[(pick(rng, *PRINTS), dye(rng), pick(rng, False, True, True))
+                for _ in ("chest", "back")],
+        bag=pick(rng, None, "backpack", "backpack", "shoulder", "hand"), bag_colour=dye(rng),
+        bag_side=pick(rng, -1, 1))
 
 
 class Figure:
@@ -276,14 +288,15 @@ def occlude(image, rng):
         box = x - width * .5, height * rng.uniform(.7, .85), x + width * .5, height * 1.3
         ImageDraw.Draw(image).rounded_rectangle(box, width // 5, colour, (40, 40, 44), 3)
     else:
-        pedestrian(image, identity(rng), rng, (x, height * 1.1), height, rng.uniform(0, 6.3))
+        stranger = make_person(*rng.integers(1 << 30, size=2))
+        pedestrian(image, stranger, rng, (x, height * 1.1), height, rng.uniform(0, 6.3))
 
 
 def render(job):
     """Draw one image and write it: a function of the job alone, whichever process runs it."""
     path, seed, pid, number, camera_number, kind, (height, width) = job
     rng, canvas = np.random.default_rng([seed, pid, number]), (2 * width, 2 * height)
-    person = identity(np.random.default_rng([seed, pid, 0]))  # number 0 is the person, not a view
+    person = make_person(seed, pid)
     camera = make_camera(seed, camera_number, canvas)
     left = int(rng.integers(camera.scene.width - canvas[0]))
     image = camera.scene.crop((left, 0, left + canvas[0], canvas[1]))
@@ -295,7 +308,7 @@ def render(job):
     if kind != "empty":
         yaw = camera.yaw + rng.normal(0, .4) + np.pi * (rng.random() < .25)
         pedestrian(image, person, rng, foot, scale, yaw)
-    if rng.random() < .15:
+    if rng.random() < .25:
         occlude(image, rng)
     # Halving the picture smooths its edges; then come the lens, the exposure and the sensor.
     image = image.resize((width, height), Image.Resampling.BOX).filter(ImageFilter.GaussianBlur(camera.blur))
@@ -330,7 +343,7 @@ def plan(folder, train_ids, test_ids, seed, cameras, size):
             yield job("bounding_box_test", label, owner, 99, rng.integers(cameras) + 1, kind)
 
 
-def make_synthetic(root, train_ids=100, test_ids=60, seed=0, cameras=6, size=(128, 64),
+def make_synthetic(root, train_ids=100, test_ids=100, seed=0, cameras=6, size=(128, 64),
                    workers=None):
     """Draw a Market-1501 style set of `size` (height, width) JPEGs under `root`, return its Path.
 

@@ -1,0 +1,45 @@
+# Each target sets up what it needs: a virtual environment in .venv, unless PYTHON names your own.
+#   PYTHON=python make test        uses the environment you are in
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test finetune evaluate bench clean
+
+DATASET   ?= synthetic
+DATA_ROOT ?= data
+FLAGS     ?=
+
+ifndef PYTHON
+PYTHON := .venv/bin/python
+SETUP  := .venv/ready
+endif
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@echo "  variables: DATASET=$(DATASET) DATA_ROOT=$(DATA_ROOT) ARCH= WEIGHTS= FLAGS= PYTHON=$(PYTHON)"
+
+.venv/ready: requirements.txt
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "error: Python 3.10 or newer is needed, python3 is $$(python3 --version)"; exit 1; }
+	@python3 -m venv .venv || \
+	  { echo "error: python3 cannot make a virtual environment; install your system's python3-venv package"; exit 1; }
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+demo: $(SETUP)  ## synthetic people: draw, fine-tune, evaluate, rank-list picture; minutes on a CPU
+	$(PYTHON) train.py --demo --data-root $(DATA_ROOT) $(FLAGS)
+
+test: $(SETUP)  ## all tests, on the CPU
+	$(PYTHON) -m pytest -q tests upreid.py personvit.py data.py evaluate.py train.py --doctest-modules
+
+finetune: $(SETUP)  ## fine-tune and evaluate: DATASET=msmt17 ARCH=vit_small WEIGHTS=pretrained.pth
+	$(PYTHON) train.py --dataset $(DATASET) --data-root $(DATA_ROOT) $(if $(ARCH),--arch $(ARCH)) \
+	  $(if $(WEIGHTS),--weights $(WEIGHTS)) $(FLAGS)
+
+evaluate: $(SETUP)  ## evaluate a fine-tuned model: DATASET=msmt17 WEIGHTS=runs/msmt17_vit_small/model.pth
+	$(PYTHON) evaluate.py --dataset $(DATASET) --data-root $(DATA_ROOT) --weights $(WEIGHTS) $(FLAGS)
+
+bench: $(SETUP)  ## speed on this machine: networks beside torchvision's, data, the whole step
+	$(PYTHON) tests/bench.py $(FLAGS)
+
+clean:  ## remove .venv and caches; data/ and runs/ are yours and stay
+	rm -rf .venv .pytest_cache __pycache__ tests/__pycache__

@@ -1,0 +1,145 @@
+"""Speed on this machine, every comparison in one run: `make bench`, or `python tests/bench.py --quick`.
+
+1. forward + backward of our networks beside torchvision's of the same size, interleaved, so that a
+   change of the machine's mood hits both; ratio = median of the paired times (below 1: ours is faster)
+2. images per second: decoded and resized; augmented; fine-tuning step from memory; the whole loop
+3. evaluation: CMC and mAP from features
+"""
+
+import argparse
+import dataclasses
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torchvision
+
+import evaluate
+import train
+from data import FineTuneTransform, Images, PKSampler, load_dataset
+from personvit import vit_small
+from upreid import resnet50
+
+
+def seconds(function, device: str) -> float:
+    start = time.perf_counter()
+    function()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def paired(ours, theirs, repeats: int, device: str) -> tuple[float, float, float]:
+    """Median seconds of both and the median ratio of pairs, taking turns at going first."""
+    for f in (ours, theirs):
+        seconds(f, device)
+    pairs = []
+    for i in range(repeats):
+        if i % 2:
+            b, a = seconds(theirs, device), seconds(ours, device)
+        else:
+            a, b = seconds(ours, device), seconds(theirs, device)
+        pairs.append((a, b))
+    a, b = zip(*pairs)
+    return statistics.median(a), statistics.median(b), statistics.median(x / y for x, y in pairs)
+
+
+def networks(repeats: int, device: str) -> None:
+    """Ours beside torchvision's; its ViT takes square images only, so both get 128 patches of one."""
+    B = 64 if device != "cpu" else 8
+    theirs_vit = torchvision.models.VisionTransformer(image_size=176, patch_size=16, num_layers=12, num_heads=6,
+                                                      hidden_dim=384, mlp_dim=1536)
+    theirs_vit.heads = torch.nn.Identity()
+    theirs_resnet = torchvision.models.resnet50(weights=None)
+    theirs_resnet.fc = torch.nn.Identity()
+    for name, ours, theirs, size in (("ResNet-50", resnet50(last_stride=2), theirs_resnet, (256, 128)),
+                                     ("ViT-S/16", vit_small((176, 176)), theirs_vit, (176, 176))):
+        x = torch.randn(B, 3, *size, device=device)
+        nets = [net.to(device).train() for net in (ours, theirs)]
+
+        def step(net):
+            net.zero_grad(set_to_none=True)
+            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=device != "cpu"):
+                out = net(x)
+            out.float().square().mean().backward()
+
+        a, b, ratio = paired(lambda: step(nets[0]), lambda: step(nets[1]), repeats, device)
+        print(f"  {name} {size[0]}x{size[1]} forward + backward: ours {B / a:7.1f} img/s, torchvision "
+              f"{B / b:7.1f} img/s, time ratio {ratio:.3f}", flush=True)
+
+
+def pipeline(repeats: int, device: str, folder: Path) -> None:
+    dataset = load_dataset("synthetic", folder)
+    n = 64 * repeats
+    for recipe in (train.recipe_for("synthetic"), train.recipe_for("synthetic", "vit_tiny")):
+        indices = [i % len(dataset.train) for i in range(n)]
+        images = Images(dataset.train, recipe.size, cache_bytes=0)
+        decode = seconds(lambda: images.__getitems__(indices), "cpu")
+        batch = images.__getitems__(indices[:64])[0].to(device)
+        transform = FineTuneTransform(*recipe.statistics)
+        augment = seconds(lambda: [transform(batch, 0, i) for i in range(repeats)], device)
+        model = evaluate.ReIDModel(evaluate.build_backbone(recipe.arch, recipe.size, recipe.drop_path), 100)
+        model.to(device, memory_format=torch.channels_last).train()
+        optimizer, labels = train.make_optimizer(recipe, model), torch.arange(64, device=device) // 4
+        x = transform(batch, 0, 0)
+
+        def step():
+            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=device != "cpu"):
+                scores, feature = model(x)
+            loss = torch.nn.functional.cross_entropy(scores, labels) + train.triplet_loss(feature, labels, 0.3)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+        seconds(step, device)
+        compute = seconds(lambda: [step() for _ in range(repeats)], device)
+        print(f"  {recipe.arch} {recipe.size[0]}x{recipe.size[1]}, img/s: decode + resize (1 process) "
+              f"{n / decode:,.0f}, augment {64 * repeats / augment:,.0f}, step alone "
+              f"{64 * repeats / compute:,.0f}", flush=True)
+        epochs = 3
+        with tempfile.TemporaryDirectory() as out:
+            run = train.Run(out, {})
+            run.log = lambda **values: logged.append(values)
+            logged = []
+            short = dataclasses.replace(recipe, epochs=epochs, bf16=device != "cpu")
+            steps = len(PKSampler([r.pid for r in dataset.train]))
+            train.fine_tune(short, dataset, run, None, device, workers=1, save_every=10 ** 9, log_every=steps)
+        for values in (logged[0], logged[-1]):
+            print(f"    whole loop, epoch {values['epoch']}: {values['img_s']:,} img/s, waiting for data "
+                  f"{values['wait']:.1%}")
+
+
+def ranking(device: str) -> None:
+    """Market-1501 size, random clustered features."""
+    torch.manual_seed(0)
+    pids, D = torch.randint(750, (3_368 + 15_913,)), 384
+    centres = torch.nn.functional.normalize(torch.randn(750, D), dim=1)
+    feats = torch.nn.functional.normalize(centres[pids] + 0.08 * torch.randn(len(pids), D), dim=1).to(device)
+    cams = torch.randint(6, (len(pids),))
+    q, g = slice(0, 3_368), slice(3_368, None)
+    took = seconds(lambda: print("  " + str(evaluate.rank_features(feats[q], pids[q], cams[q], feats[g], pids[g],
+                                                                  cams[g]))), device)
+    print(f"  CMC and mAP of 3,368 x 15,913 features of 384 dimensions: {took:.2f} s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Speed on this machine.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--quick", action="store_true", help="few repeats: does it run at all?")
+    args = parser.parse_args()
+    repeats = 3 if args.quick else 15
+    print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads")
+    networks(repeats, args.device)
+    with tempfile.TemporaryDirectory() as folder:
+        pipeline(repeats, args.device, Path(folder))
+    ranking(args.device)
+
+
+if __name__ == "__main__":
+    main()
