@@ -18,12 +18,14 @@ draws what the uninterrupted run drew. Read `load_dataset`, `PKSampler`, `FineTu
 
 import argparse
 import difflib
+import hashlib
 import io
 import math
 import mmap
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,17 +34,30 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from synthetic import make_synthetic
 
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
 class InputError(ValueError):
     """Something the user can mend: the scripts print it as one line, without a traceback."""
 
-    def __str__(self) -> str:  # a loader's worker wraps the message in its traceback; keep the last line
-        return super().__str__().rstrip().rpartition("\n")[2].removeprefix("data.InputError: ")
+    def __str__(self) -> str:  # a loader's worker wraps the message in its own traceback
+        return " ".join(super().__str__().rpartition("data.InputError: ")[2].split())
+
+
+def command_line(main) -> None:
+    """Run a script's main: what the user can mend ends in one line, without a traceback."""
+    try:
+        main()
+    except (InputError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
 
 
 class Record(NamedTuple):
@@ -69,6 +84,13 @@ class Dataset:
     gallery: Sequence[Record]
     has_cameras: bool = True
     note: str = ""
+
+    def fingerprint(self) -> str:
+        """Changes with the training images' names and labels, not with the folder they lie in."""
+        if isinstance(self.train, PathList):
+            return f"{len(self.train)} images, {self.train.text.size} bytes of names"
+        names = "\n".join(f"{os.path.basename(r.path)} {r.pid}" for r in self.train)
+        return f"{len(self.train)} images, {hashlib.blake2b(names.encode(), digest_size=6).hexdigest()}"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -134,7 +156,7 @@ def load_dataset(name: str, root: str | Path = "data", train_only: bool = False)
     Raises InputError when the set is missing, empty, or its names do not parse.
     """
     root = Path(root)
-    if name not in NAMES and Path(name).exists():
+    if name and name not in NAMES and Path(name).exists():
         name, root = "folder" if Path(name).is_dir() else "luperson", Path(name)
     name = {"cuhk03-np": "cuhk03-np-labeled"}.get(name, name)
     if name not in NAMES:
@@ -172,10 +194,17 @@ def list_images(folder: Path, recursive: bool = False) -> list[str]:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     suffixes = (".jpg", ".jpeg", ".png", ".bmp")  # Market's folders also hold Thumbs.db
-    found = []
-    for here, folders, files in os.walk(folder):
-        folders[:] = sorted(folders) if recursive else []
-        found += [os.path.join(here, f) for f in sorted(files) if f.lower().endswith(suffixes)]
+    found, seen = [], set()
+
+    def fail(error: OSError):  # os.walk passes over what it may not read; a set with holes is worse
+        raise InputError(f"{error.filename}: cannot be listed ({error.strerror})")
+
+    for here, folders, files in os.walk(folder, onerror=fail, followlinks=True):
+        real = os.path.realpath(here)
+        folders[:] = sorted(folders) if recursive and real not in seen else []  # links may go round
+        if real not in seen:
+            found += [os.path.join(here, f) for f in sorted(files) if f.lower().endswith(suffixes)]
+        seen.add(real)
     if not found:
         raise InputError(f"{folder}: holds no image ({' '.join(suffixes)})")
     return found
@@ -215,19 +244,20 @@ def load_msmt17(root: Path, train_only: bool) -> Dataset:
     train_dir, test_dir = ("mask_train_v2", "mask_test_v2") if masked else ("train", "test")
 
     def read(split: str, folder: str) -> list[Record]:
-        lines = [line.split() for line in read_text(root / f"list_{split}.txt").splitlines() if line.strip()]
-        try:
-            pairs = [(path, int(pid)) for path, pid in lines]
-        except ValueError:
-            raise InputError(f"{root}/list_{split}.txt: every line must read 'path identity'") from None
-        check_inside([path for path, _ in pairs], root / f"list_{split}.txt")
-        paths = [str(root / folder / path) for path, _ in pairs]
-        if paths and not os.path.exists(paths[0]):
-            raise InputError(f"{paths[0]}: named in list_{split}.txt but missing")
-        cameras = [re.match(LAYOUTS["msmt17"].pattern, os.path.basename(p)) for p in paths]
-        if None in cameras:
-            raise InputError(f"{paths[cameras.index(None)]}: the camera is not the third field of the name")
-        return [Record(p, pid, int(c[1]) - 1) for p, (_, pid), c in zip(paths, pairs, cameras)]
+        file, records = root / f"list_{split}.txt", []
+        for number, line in enumerate(read_text(file).splitlines(), 1):
+            match = re.fullmatch(r"(\S+) (\d+)\s*", line)
+            camera = match and re.match(LAYOUTS["msmt17"].pattern, os.path.basename(match[1]))
+            if not camera or int(camera[1]) < 1:
+                raise InputError(f"{file} line {number}: {line!r} does not read 'path identity' with "
+                                 f"the camera in the third field of the file's name")
+            records.append(Record(str(root / folder / match[1]), int(match[2]), int(camera[1]) - 1))
+        if not records:
+            raise InputError(f"{file}: the list is empty")
+        check_inside([line.split()[0] for line in read_text(file).splitlines()], file)
+        if not os.path.exists(records[0].path):
+            raise InputError(f"{records[0].path}: named in {file.name} but missing")
+        return records
 
     # PersonViT and TransReID train on train + val; torchreid and fast-reid on train alone
     train = read("train", train_dir) + ([] if train_only else read("val", train_dir))
@@ -245,12 +275,14 @@ def load_folder(root: Path) -> Dataset:
     """
     if not root.is_dir():
         raise InputError(f"{root}: no such folder")
+    note = ""
     for names in (MARKET_SPLITS, ("train", "query", "gallery")):
-        if (root / names[1]).is_dir():
+        if (root / names[0]).is_dir() or (root / names[2]).is_dir():
             paths = [list_images(root / n, True) if (root / n).is_dir() else [] for n in names]
             break
     else:
         paths = [list_images(root, True)] * 3
+        note = "no train, query, gallery folders: the same images train and test"
     everything = sorted({p for split in paths for p in split})
     has_cameras = all(re.match(NUMBERED_NAME, os.path.basename(p)) for p in everything)
     camera = {p: i for i, p in enumerate(everything)}
@@ -264,9 +296,10 @@ def load_folder(root: Path) -> Dataset:
 
     train, query, gallery = map(read, paths)
     named = all(r.pid >= 0 for r in train)
-    note = "" if has_cameras else "names without cameras: only the image itself is excluded in ranking"
-    return Dataset("folder", root, relabel(train) if named else train,
-                   [r for r in query if r.pid >= 0], [r for r in gallery if r.pid >= 0], has_cameras, note)
+    if not has_cameras:
+        note += "; " * bool(note) + "names without cameras: ranking excludes only the image itself"
+    return Dataset("folder", root, relabel(train) if named else train, [r for r in query if r.pid >= 0],
+                   [r for r in gallery if r.pid >= 0], has_cameras, note)
 
 
 def describe(dataset: Dataset, train_only: bool = False) -> str:
@@ -307,7 +340,7 @@ class PathList(Sequence):
     """A text file of relative paths, memory-mapped; item i is Record(path, -1, -1).
 
     4.2 M paths as Python objects are about a gigabyte in every worker; here they are the file's
-    own pages, shared by all processes, and one array of line ends. Raises InputError for an empty
+    own pages, shared by all processes, and two arrays of positions. Raises InputError for an empty
     file and for a path that leaves the data folder.
     """
 
@@ -316,10 +349,16 @@ class PathList(Sequence):
         if not os.path.getsize(file):
             raise InputError(f"{file}: the list is empty")
         self.text = np.memmap(file, np.uint8, "r")
-        self.ends = np.flatnonzero(self.text == ord("\n"))
+        ends = np.flatnonzero(self.text == ord("\n"))
         if self.text[-1] != ord("\n"):
-            self.ends = np.append(self.ends, len(self.text))
-        with open(file, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as raw:
+            ends = np.append(ends, len(self.text))
+        starts = np.concatenate([[0], ends[:-1] + 1])
+        ends = ends - (self.text[np.maximum(ends - 1, 0)] == ord("\r"))       # Windows' line ends
+        filled = ends > starts
+        self.starts, self.ends = starts[filled], ends[filled]
+        with open(file, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as raw:
+            if b"\0" in raw:
+                raise InputError(f"{file}: not a text file of paths, one per line, in UTF-8")
             if raw[:1] == b"/" or raw.find(b"\n/") >= 0 or raw.find(b"..") >= 0:
                 check_inside([self.line(i) for i in range(len(self))], file)
 
@@ -330,10 +369,11 @@ class PathList(Sequence):
         return len(self.ends)
 
     def line(self, i: int) -> str:
-        start = self.ends[i - 1] + 1 if i else 0
-        return bytes(self.text[start:self.ends[i]]).decode("utf-8", "surrogateescape").strip()
+        return bytes(self.text[self.starts[i]:self.ends[i]]).decode("utf-8", "surrogateescape")
 
-    def __getitem__(self, i: int) -> Record:
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
         if not -len(self) <= i < len(self):
             raise IndexError(i)
         return Record(os.path.join(self.root, self.line(i % len(self))), -1, -1)
@@ -370,18 +410,23 @@ def load_unlabelled(root: Path) -> Dataset:
                          f"of images) or {root}/luperson.txt (a path per line). Ask for the images at: "
                          f"github.com/DengpanFu/LUPerson; any folder of person crops works as well")
     if source.is_file():
+        if source.suffix != ".txt":
+            raise InputError(f"{source}: neither a folder of crops nor a .txt list of paths")
         return Dataset("luperson", source, PathList(source, source.parent), [], [])
     index = source.with_name(source.name + ".index.txt")
     if not index.exists():
         print(f"listing {source} once ...", flush=True)
         text = "".join(os.path.relpath(p, source) + "\n" for p in list_images(source, True))
+        if not os.access(index.parent, os.W_OK):
+            index = Path(tempfile.mkdtemp()) / index.name
+            print(f"WARNING: {source.parent} is not writable, the list is kept in {index} for this run")
         write_atomic(index, text.encode("utf-8", "surrogateescape"))
     return Dataset("luperson", source, PathList(index, source), [], [], note=f"listed in {index}")
 
 
 def write_atomic(file: Path, content: bytes) -> None:
     """Write, flush to disk, rename: whoever opens `file` finds the old or the new one, never half."""
-    partial = file.with_name(file.name + ".partial")
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as handle:
             handle.write(content)
@@ -389,6 +434,7 @@ def write_atomic(file: Path, content: bytes) -> None:
             os.fsync(handle.fileno())
         os.replace(partial, file)
     except OSError as error:
+        partial.unlink(missing_ok=True)
         raise InputError(f"{file}: cannot be written ({error.strerror}); is the folder writable, "
                          f"the disk full?") from None
 
@@ -398,27 +444,30 @@ def write_atomic(file: Path, content: bytes) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-def read_image(path: str, size: tuple[int, int], interpolation: Image.Resampling) -> Tensor:
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF")  # others (EPS!) would start other programs
+MOST_PIXELS = 1 << 25  # of a file; a few kilobytes can claim gigapixels
+
+
+def read_image(path: str, size: tuple[int, int], interpolation: Image.Resampling,
+               content: bytes | None = None) -> Tensor:
     """Decode any image mode to RGB and resize: uint8 (3, H, W) for size (H, W).
 
-    Raises InputError that names the file when it cannot be decoded.
+    content: the file's bytes, when they are at hand. Raises InputError that names the file when
+    it cannot be decoded.
     """
     try:
-        with open(path, "rb") as handle:
-            return decode_image(handle.read(), size, interpolation)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except ValueError as error:
-        raise InputError(f"{path}: {error}") from None
-
-
-def decode_image(content: bytes, size: tuple[int, int], interpolation: Image.Resampling) -> Tensor:
-    """Image bytes to uint8 (3, H, W); ValueError when they are no whole image."""
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            image = image.convert("RGB").resize(size[::-1], interpolation)  # Pillow's sizes are (W, H)
+        content = Path(path).read_bytes() if content is None else content
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels are too many")
+            if image.mode.startswith("I"):  # 16 bits; convert() would cut at 255
+                image = image.point(lambda value: value / 256).convert("L")
+            image = image.convert("RGB").resize(size[::-1], interpolation)  # Pillow: (W, H)
     except Exception as error:  # broken bytes make decoders raise anything at all
-        raise ValueError(f"not a readable image, {len(content)} bytes ({error})") from None
+        reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+        if isinstance(error, UnidentifiedImageError):
+            reason = f"{len(content)} bytes that are no image"
+        raise InputError(f"{path}: cannot be read as an image ({reason})") from None
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
@@ -427,15 +476,19 @@ class Images(torch.utils.data.Dataset):
 
     __getitems__(indices) -> images (B, 3, H, W), asked (B,), used (B,): where used differs from
     asked the file was broken, and the next readable image of the same identity (or, failing that,
-    of the list) stands in. Resized images are kept in memory while they fit in `cache_bytes`:
-    nothing random happens before the cache, so a second epoch costs no decoding.
+    of the list) stands in. Resized images are kept in memory if all fit in `cache_bytes` (default: a
+    quarter of this machine's): nothing random happens before, so a second epoch decodes nothing.
     """
 
-    def __init__(self, records: Sequence[Record], size: tuple[int, int], cache_bytes: int = 4 << 30):
+    def __init__(self, records: Sequence[Record], size: tuple[int, int],
+                 cache_bytes: int | None = None):
         self.records, self.size = records, size
         each = 3 * size[0] * size[1]
         self.cache = self.filled = None
-        if len(records) * each <= cache_bytes and "fork" in torch.multiprocessing.get_all_start_methods():
+        can_fork = hasattr(os, "fork")
+        if cache_bytes is None:
+            cache_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4 if can_fork else 0
+        if can_fork and 0 < len(records) * each <= cache_bytes:
             # anonymous shared memory: forked workers fill one cache, and no /dev/shm limit applies
             self.cache = shared_uint8(len(records) * each).view(len(records), 3, *size)
             self.filled = shared_uint8(len(records))
@@ -493,8 +546,8 @@ class PKSampler:
 
     An epoch cuts each identity's shuffled images into groups of K (a short group is filled up with
     images of the same identity; an identity with fewer than K repeats them), and every group is
-    used once: **every image is seen in every epoch**. Places left over in the last batches go to
-    identities drawn at random. Epochs have constant length, `len(sampler)` batches. Order is a
+    used once: **every image is seen in every epoch**. An epoch is as long as its largest identity
+    and all groups need; places left over go to identities drawn at random. Epochs have constant length, `len(sampler)` batches. Order is a
     function of (seed, epoch); with several processes, `rank` takes its share of each batch's
     identities. Raises InputError for fewer than P identities or a P that `world` does not divide.
 
@@ -510,7 +563,7 @@ class PKSampler:
         self.members = np.split(order, np.flatnonzero(np.diff(pids[order])) + 1)  # indices of each id
         if len(self.members) < max(num_ids, 2):
             raise InputError(f"a batch needs {max(num_ids, 2)} identities, the training set has "
-                             f"{len(self.members)}; use fewer identities per batch (--ids)")
+                             f"{len(self.members) if len(pids) else 0}; --ids sets how many, 2 at least")
         if num_ids % world:
             raise InputError(f"{num_ids} identities per batch cannot be shared by {world} processes")
         groups = np.array([-(-len(m) // num_images) for m in self.members])
@@ -558,6 +611,42 @@ def step_generator(*key: int, device: str | torch.device = "cpu") -> torch.Gener
     return torch.Generator(device).manual_seed(state)
 
 
+class Draws:
+    """Random numbers for B samples of one step, the same on every device and number of processes.
+
+    Numbers are drawn on the CPU for the global batch of `world` processes; `rank` keeps its own.
+    """
+
+    def __init__(self, B: int, seed: int, step: int, rank: int = 0, world: int = 1):
+        self.generator, self.n = step_generator(seed, step), B * world
+        self.mine = slice(rank * B, (rank + 1) * B)
+
+    def uniform(self, low: float, high: float, *shape: int) -> Tensor:
+        """(B, *shape) from U(low, high)."""
+        u = torch.rand((self.n, *shape), generator=self.generator)[self.mine]
+        return low + (high - low) * u
+
+    def chance(self, p: float) -> Tensor:
+        """(B,) booleans, True with probability p."""
+        return self.uniform(0, 1) < p
+
+    def rectangles(self, H: int, W: int, area: tuple[float, float], aspect: tuple[float, float],
+                   whole: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """top, left, height, width (B,) and whether one was found (B,); area as a share of H W.
+
+        aspect = height / width, log-uniform. A rectangle that does not fit is drawn again, ten
+        times; `whole` allows sides as long as the image's.
+        """
+        areas = self.uniform(*area, 10) * H * W
+        aspects = self.uniform(math.log(aspect[0]), math.log(aspect[1]), 10).exp()
+        h, w = (areas * aspects).sqrt().round(), (areas / aspects).sqrt().round()    # (B, 10)
+        fits = (h < H + whole) & (w < W + whole) & (h > 0) & (w > 0)
+        first = fits.int().argmax(1, keepdim=True)
+        h, w = h.gather(1, first)[:, 0], w.gather(1, first)[:, 0]
+        top, left = self.uniform(0, 1, 2).unbind(1)
+        return (top * (H - h + 1)).floor(), (left * (W - w + 1)).floor(), h, w, fits.any(1)
+
+
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """uint8 (B, 3, H, W) -> float32 of about zero mean and unit variance."""
     mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (mean, std))
@@ -569,10 +658,9 @@ class FineTuneTransform:
 
     In the order of the reference pipeline (PersonViT's fine-tuning; images come resized):
     flip with probability 0.5; pad 10 black pixels, crop back at a random place; normalise; with
-    probability 0.5 erase a rectangle of 2 % to `erase_area` of the image, of aspect 0.3 to 1/0.3.
-    noise: fill with normal noise per pixel [PersonViT: timm's 'pixel' mode], else with the mean
-    colour, which is 0 after normalisation [BoT]. Parameters are drawn for the global batch of
-    `world` processes; `rank` uses its own slice, so that 1 and 8 processes augment alike.
+    probability 0.5 erase a rectangle of 2 % to `erase_area` of the image, of aspect 0.3 to 1/0.3
+    (timm's defaults [from memory]). noise: fill with normal noise per pixel [PersonViT code], else
+    with the mean colour, which is 0 after normalisation [ours].
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], erase_area: float = 1 / 3,
@@ -583,19 +671,15 @@ class FineTuneTransform:
 
     def __call__(self, images: Tensor, seed: int, step: int) -> Tensor:
         B, _, H, W = images.shape
-        generator, n = step_generator(seed, step), B * self.world
-        mine = slice(self.rank * B, (self.rank + 1) * B)
-        flip = torch.rand(n, generator=generator)[mine] < 0.5
-        top, left = torch.randint(2 * self.pad + 1, (2, n), generator=generator)[:, mine]
-        images = self.flip_and_crop(images, flip, top, left)
-        images = normalize(images, self.mean, self.std)
-        erased = self.erase_mask(n, H, W, generator)[mine].to(images.device, non_blocking=True)
+        draws, device = Draws(B, seed, step, self.rank, self.world), images.device
+        flip, (top, left) = draws.chance(0.5), draws.uniform(0, 2 * self.pad + 1, 2).long().T
+        images = normalize(self.flip_and_crop(images, flip, top, left), self.mean, self.std)
+        erased = self.erase_mask(draws, H, W).to(device, non_blocking=True)
         if not self.noise:
             return images.masked_fill(erased, 0)
-        device = images.device
-        noise = torch.randn((n, 3, H, W), device=device,
+        noise = torch.randn((draws.n, 3, H, W), device=device,
                             generator=step_generator(seed, step, 1, device=device))
-        return torch.where(erased, noise[mine], images)
+        return torch.where(erased, noise[draws.mine], images)
 
     def flip_and_crop(self, images: Tensor, flip: Tensor, top: Tensor, left: Tensor) -> Tensor:
         B, _, H, W = images.shape
@@ -609,26 +693,174 @@ class FineTuneTransform:
         images = images[sample, :, rows[:, :, None], columns[:, None, :]]    # (B, H, W, 3)
         return images.permute(0, 3, 1, 2)
 
-    def erase_mask(self, n: int, H: int, W: int, generator: torch.Generator) -> Tensor:
-        """(n, 1, H, W), True inside the rectangle of each sample that is erased."""
-        tries = 10  # a rectangle that does not fit is drawn again; 10 misses leave the image whole
-
-        def uniform(low: float, high: float) -> Tensor:
-            return low + (high - low) * torch.rand((n, tries), generator=generator)
-
-        area = uniform(0.02, self.erase_area) * H * W
-        aspect = uniform(math.log(0.3), math.log(1 / 0.3)).exp()
-        h, w = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
-        fits = (h < H) & (w < W)
-        first = fits.int().argmax(1, keepdim=True)
-        h, w = h.gather(1, first), w.gather(1, first)                        # (n, 1)
-        top, left = torch.rand((2, n, 1), generator=generator)
-        top, left = (top * (H - h + 1)).floor(), (left * (W - w + 1)).floor()
-        erase = (torch.rand((n, 1), generator=generator) < 0.5) & fits.any(1, keepdim=True)
+    def erase_mask(self, draws: Draws, H: int, W: int) -> Tensor:
+        """(B, 1, H, W), True inside the rectangle of each sample that is erased."""
+        area, aspect = (0.02, self.erase_area), (0.3, 1 / 0.3)
+        top, left, h, w, found = (t[:, None] for t in draws.rectangles(H, W, area, aspect, False))
+        erase = draws.chance(0.5)[:, None] & found
         y, x = torch.arange(H), torch.arange(W)
-        rows = (y >= top) & (y < top + h) & erase                            # (n, H)
-        columns = (x >= left) & (x < left + w)                               # (n, W)
+        rows = (y >= top) & (y < top + h) & erase                            # (B, H)
+        columns = (x >= left) & (x < left + w)                               # (B, W)
         return (rows[:, :, None] & columns[:, None, :])[:, None]
+
+
+# ---------------------------------------------------------------------------------------------
+# Views for pre-training: random resized crops, colour, blur; every parameter drawn per sample
+# ---------------------------------------------------------------------------------------------
+
+
+def resize_matrix(start: Tensor, length: Tensor, n: int, out: int, flip: Tensor | None = None) -> Tensor:
+    """Bicubic, antialiased resampling of [start, start + length) of n pixels to `out`, as matrices.
+
+    start, length (B,) -> (B, out, n), rows summing to 1; flip (B,) reverses the result. A resize is
+    linear and separable: rows @ image @ columns^T crops, resizes and flips a whole batch at once.
+    Source: Pillow's rule (support grows with the scale, nothing outside the crop is seen).
+    """
+    start, length = start[:, None, None], length[:, None, None]
+    scale = length / out
+    wide = scale.clamp(min=1)                                                # antialias when shrinking
+    centre = start + (torch.arange(out, device=start.device)[None, :, None] + 0.5) * scale
+    pixel = torch.arange(n, device=start.device)[None, None, :] + 0.5
+    x = ((pixel - centre) / wide).abs()                                      # (B, out, n)
+    # Keys' cubic with a = -0.5, the sharpest that reproduces straight lines
+    weight = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2)
+    weight = weight * ((x < 2) & (pixel > start) & (pixel < start + length))
+    weight = weight / weight.sum(2, keepdim=True)
+    return weight if flip is None else torch.where(flip[:, None, None], weight.flip(1), weight)
+
+
+def blur_matrix(sigma: Tensor, n: int, radius: int = 6) -> Tensor:
+    """Gaussian blur along n pixels, mirrored at the ends: sigma (B,) in pixels -> (B, n, n)."""
+    offset = torch.arange(-radius, radius + 1, device=sigma.device)
+    weight = torch.exp(-0.5 * (offset / sigma[:, None]) ** 2)                # (B, 2 radius + 1)
+    weight = weight / weight.sum(1, keepdim=True)
+    source = torch.arange(n, device=sigma.device)[:, None] + offset          # (n, 2 radius + 1)
+    source = (n - 1 - (n - 1 - source.abs()).abs()).clamp(0, n - 1)
+    matrix = torch.zeros(len(sigma), n, n, device=sigma.device)
+    return matrix.scatter_add_(2, source.expand(len(sigma), -1, -1),
+                               weight[:, None, :].expand(-1, n, -1).contiguous())
+
+
+GREY = (0.299, 0.587, 0.114)  # luma of ITU-R 601, as Pillow and torchvision have it
+
+
+def grey(images: Tensor) -> Tensor:
+    """(B, 3, h, w) -> (B, 1, h, w)."""
+    return (images * torch.tensor(GREY, device=images.device).view(3, 1, 1)).sum(1, keepdim=True)
+
+
+def shift_hue(images: Tensor, turn: Tensor) -> Tensor:
+    """Rotate the hue of RGB in [0, 1] by `turn` (B, 1, 1, 1) of the colour circle, through HSV."""
+    high, low = images.amax(1, keepdim=True), images.amin(1, keepdim=True)
+    chroma = high - low
+    r, g, b = images.split(1, dim=1)
+    safe = torch.where(chroma == 0, 1, chroma)
+    hue = torch.where(high == r, (g - b) / safe, torch.where(high == g, 2 + (b - r) / safe,
+                                                             4 + (r - g) / safe))  # in sixths
+    hue = hue + 6 * turn
+    sixth = (hue + torch.tensor((5, 3, 1), device=images.device).view(3, 1, 1)) % 6
+    return high - chroma * torch.minimum(sixth, 4 - sixth).clamp(0, 1)       # (B, 3, h, w)
+
+
+def colour_jitter(images: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor,
+                  hue: Tensor, order: Sequence[int]) -> Tensor:
+    """Each (B, 1, 1, 1); 1, 1, 1, 0 leaves an image alone. Images in [0, 1], `order` of the four."""
+    def blend(other, factor):
+        return (other + factor * (images - other)).clamp(0, 1)
+
+    for which in order:
+        if which == 0:
+            images = blend(0, brightness)
+        elif which == 1:
+            images = blend(grey(images).mean((2, 3), keepdim=True), contrast)
+        elif which == 2:
+            images = blend(grey(images), saturation)
+        else:
+            images = shift_hue(images, hue)
+    return images
+
+
+class MultiCrop:
+    """Two global and L local views for self-distillation: uint8 (B, 3, H, W) -> dict of float32.
+
+    "globals" (2, B, 3, *size) and "locals" (L, B, 3, size / 2). Each view: random resized crop
+    (scales are shares of the image's area, aspects width / height), flip 0.5, colour jitter
+    (0.4, 0.4, 0.2, 0.1) with probability 0.8, greyscale 0.2, Gaussian blur of radius U(0.1, 2) with
+    probability 1, 0.1, 0.5 (first global, second, local), solarisation 0.2 on the second global,
+    ImageNet statistics [iBOT, DINO]. Scales and aspects of people: [PersonViT checkpoint name].
+    The order of the four colour changes is drawn per step, not per image [ours].
+    """
+
+    def __init__(self, size: tuple[int, int] = (256, 128), num_local: int = 8,
+                 global_scale: tuple[float, float] = (0.4, 1.0),
+                 local_scale: tuple[float, float] = (0.05, 0.8),
+                 aspect: tuple[float, float] = (0.375, 0.667), rank: int = 0, world: int = 1):
+        self.size, self.local_size, self.num_local = size, (size[0] // 2, size[1] // 2), num_local
+        self.global_scale, self.local_scale, self.aspect = global_scale, local_scale, aspect
+        self.rank, self.world = rank, world
+
+    def __call__(self, images: Tensor, seed: int, step: int) -> dict[str, Tensor]:
+        x = images.float() / 255
+        draws = Draws(len(x), seed, step, self.rank, self.world)
+        views = [self.view(x, draws, self.size, self.global_scale, blur=1.0, solarize=0.0),
+                 self.view(x, draws, self.size, self.global_scale, blur=0.1, solarize=0.2)]
+        local = [self.view(x, draws, self.local_size, self.local_scale, blur=0.5, solarize=0.0)
+                 for _ in range(self.num_local)]
+        return {"globals": torch.stack(views),
+                "locals": torch.stack(local) if local else x.new_zeros(0, *x.shape)}
+
+    def view(self, x: Tensor, draws: Draws, size: tuple[int, int], scale: tuple[float, float],
+             blur: float, solarize: float) -> Tensor:
+        """One view of each image: (B, 3, H, W) in [0, 1] -> normalised (B, 3, *size)."""
+        B, _, H, W = x.shape
+        aspect = (1 / self.aspect[1], 1 / self.aspect[0])                    # height / width
+        top, left, h, w, found = draws.rectangles(H, W, scale, aspect, whole=True)
+        top, left = top * found, left * found                                # none fits: the whole image
+        h, w = torch.where(found, h, H), torch.where(found, w, W)
+        flip, jitter, colourless, blurred, inverted = (
+            draws.chance(p) for p in (0.5, 0.8, 0.2, blur, solarize))
+        change = draws.uniform(-1, 1, 4) * torch.tensor([0.4, 0.4, 0.2, 0.1]) * jitter[:, None]
+        sigma = torch.where(blurred, draws.uniform(0.1, 2), 0.01)            # 0.01 blurs nothing
+        order = torch.randperm(4, generator=draws.generator).tolist()
+        top, left, h, w, flip, change, colourless, sigma, inverted = (
+            t.to(x.device, non_blocking=True)
+            for t in (top, left, h, w, flip, change, colourless, sigma, inverted))
+        rows, columns = resize_matrix(top, h, H, size[0]), resize_matrix(left, w, W, size[1], flip)
+        x = (rows[:, None] @ x @ columns[:, None].mT).clamp(0, 1)            # (B, 3, *size)
+        change = change[:, :, None, None, None]                              # (B, 4, 1, 1, 1)
+        x = colour_jitter(x, 1 + change[:, 0], 1 + change[:, 1], 1 + change[:, 2], change[:, 3], order)
+        x = torch.where(colourless[:, None, None, None], grey(x), x)
+        x = blur_matrix(sigma, size[0])[:, None] @ x @ blur_matrix(sigma, size[1])[:, None].mT
+        x = torch.where(inverted[:, None, None, None] & (x >= 0.5), 1 - x, x)  # solarise
+        mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+        return (x - mean) / std
+
+
+class ShuffleSampler:
+    """Batches of shuffled indices without identities; the last, incomplete batch is dropped.
+
+    Order is a function of (seed, epoch); `rank` takes its part of each global batch of
+    world * batch_size. Raises InputError when there are fewer images than one global batch.
+    """
+
+    def __init__(self, n: int, batch_size: int, seed: int = 0, rank: int = 0, world: int = 1):
+        if n < batch_size * world:
+            raise InputError(f"a batch of {batch_size * world} needs that many images, the set has {n}; "
+                             f"use a smaller --batch")
+        self.n, self.batch, self.seed, self.rank, self.world = n, batch_size, seed, rank, world
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.n // (self.batch * self.world)
+
+    def __iter__(self):
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.n)
+        for first in range(0, len(self) * self.batch * self.world, self.batch * self.world):
+            first += self.rank * self.batch
+            yield order[first:first + self.batch].tolist()
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -653,7 +885,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, FileExistsError) as error:
-        sys.exit(f"error: {error}")
+    command_line(main)

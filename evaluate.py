@@ -1,23 +1,27 @@
 """From a weights file to mAP: model, features, ranking, CMC and average precision, the rank list.
 
-Protocol of Market-1501, used by both papers' tables. For each query q:
+Protocol of Market-1501, as PersonViT's published numbers use it. For each query q:
 
-    rank the gallery by distance to q      nearest first
-    drop images of q's person by q's camera    finding the next video frame again proves nothing
-    CMC@k = share of queries with a hit among the first k        (rank-1 is CMC@1)
-    AP    = mean precision at the hits; mAP = its mean           (which precision: see `cmc_map`)
+    rank the gallery by distance to q            nearest first
+    drop images of q's person by q's camera      finding the next video frame again proves nothing
+    CMC@k = share of queries with a hit among the first k          (rank-1 is CMC@1)
+    AP    = mean precision at the hits; mAP = its mean             (which precision: see `cmc_map`)
 
 Queries without any right answer left do not count; every result says how many did ("valid a/b").
 Where code in use is kind to a model, this is not: ties count against the query, so that a collapsed
-network (all features equal) scores at chance and not at 100 %; NaN is an error; copies of the query
-in the gallery never count. Read `count_before`, then `cmc_map`; the rest is reading and writing.
+network (all features equal) scores at chance and not at 100 %; NaN is an error; and a copy of the
+query's file in the gallery is no answer. Read `count_before`, then `cmc_map`; the rest is reading
+and writing.
 """
 
 import argparse
 import hashlib
+import math
+import os
 import pickle
+import re
 import signal
-import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +33,8 @@ from torch import Tensor, nn
 
 import personvit
 import upreid
-from data import InputError, NAMES, Record, decode_image, load_dataset, normalize
+from data import (NAMES, InputError, Record, closest, command_line, load_dataset, normalize,
+                  read_image)
 
 # ---------------------------------------------------------------------------------------------
 # The model that is fine-tuned and evaluated
@@ -40,19 +45,27 @@ ARCHS = ("vit_tiny", "vit_small", "vit_base", "resnet_tiny", "resnet50")
 
 def build_backbone(arch: str, size: tuple[int, int] = (256, 128), drop_path: float = 0.0,
                    last_stride: int = 1) -> nn.Module:
-    """A backbone of ARCHS with random weights. size: (H, W); a ResNet takes any, a ViT makes its grid."""
-    if arch.startswith("vit"):
+    """A backbone of ARCHS with random weights. size (H, W): a ViT's grid; a ResNet takes any.
+
+    Raises InputError for an unknown name and a size without a single patch.
+    """
+    if arch not in ARCHS:
+        raise InputError(f"no architecture is called {arch!r}; did you mean {closest(arch, ARCHS)}?")
+    if arch.startswith("resnet"):
+        return getattr(upreid, arch)(last_stride)
+    try:
         return getattr(personvit, arch)(size, drop_path=drop_path)
-    return getattr(upreid, arch)(last_stride)
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 class ReIDModel(nn.Module):
-    """Backbone, BNNeck, classifier: (B, 3, H, W) -> (scores (B, num_ids), feature (B, D)) in training,
-    the feature alone in evaluation: before the neck [PersonViT] or after it [BoT].
+    """Backbone, BNNeck, classifier: images (B, 3, H, W) -> in training scores (B, num_ids) and feature
+    (B, D), in evaluation the feature, taken before the neck [PersonViT code] or after it [BoT].
 
-    The neck is there because the two losses disagree: the triplet loss wants distances, the
-    classifier wants angles; a batch norm between them lets each have its own space [BoT]. State keys
-    base.*, bottleneck.*, classifier.* are TransReID's, so its fine-tuned files load.
+    The two losses disagree on what a feature is: the triplet loss wants distances, the classifier
+    angles; with a batch norm between them each has a space of its own. State keys base.*,
+    bottleneck.*, classifier.* are TransReID's.
     """
 
     def __init__(self, backbone: nn.Module, num_ids: int, neck_feat: str = "before"):
@@ -60,7 +73,7 @@ class ReIDModel(nn.Module):
         assert neck_feat in ("before", "after"), neck_feat
         self.base, self.neck_feat = backbone, neck_feat
         self.bottleneck = nn.BatchNorm1d(backbone.embed_dim)
-        # no shift, no classifier bias: the decision planes go through the origin, as cosine ranking does
+        # no shift, no classifier bias: decision planes go through the origin, as in cosine ranking
         self.bottleneck.bias.requires_grad_(False)
         self.classifier = nn.Linear(backbone.embed_dim, num_ids, bias=False)
         nn.init.normal_(self.classifier.weight, std=0.001)
@@ -83,16 +96,17 @@ def read_checkpoint(path: str | Path) -> dict:
 
     Raises InputError for a missing, truncated or foreign file.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+    try:  # training files of DINO and iBOT hold their command line, which is harmless
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle versions; what cannot be read raises
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such weights file") from None
     except Exception as error:  # hostile bytes make the reader raise anything at all
-        reason = str(error).partition("\n")[0]
-        if isinstance(error, pickle.UnpicklingError) and ("Unsupported" in reason or "GLOBAL" in str(error)):
+        reason = "damaged, or no file of PyTorch weights"
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
             reason = "it holds Python objects, which loading would execute"
-        raise InputError(f"{path}: not a whole weights file ({reason[:100] or type(error).__name__}); "
-                         f"nothing was loaded") from None
+        raise InputError(f"{path}: {reason}; nothing was loaded") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}, not a dictionary of weights")
     return content
@@ -100,59 +114,89 @@ def read_checkpoint(path: str | Path) -> dict:
 
 def backbone_state(content: dict) -> dict[str, Tensor]:
     """The backbone's tensors of a checkpoint under their plain names (timm's or torchvision's)."""
-    for key in ("model", "state_dict", "teacher", "backbone"):  # nesting of the usual training files
-        if isinstance(content.get(key), dict):
-            content = content[key]
-    state = {k: v for k, v in content.items() if isinstance(v, Tensor)}
-    for prefix in ("module.", "backbone.", "base."):
-        if any(k.startswith(prefix) for k in state):
-            # files with a prefix keep heads and necks outside of it, `module.` wraps everything
+    wrappers = ("model", "state_dict", "teacher", "backbone")  # nesting of the usual training files
+    while key := next((k for k in wrappers if isinstance(content.get(k), dict)), None):
+        content = content[key]
+    state = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    for prefix in ("module.", "_orig_mod.", "backbone.", "base."):
+        if any(k.startswith(prefix) for k in state):  # heads and necks lie outside the prefix
             state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     return state
+
+
+def source_grid(content: dict, pos_embed: Tensor, patch: int, path) -> tuple[int, int]:
+    """The patch grid (rows, columns) that position embeddings of a file belong to.
+
+    This project's files say their image size. Others are taken for square if the number of patches
+    is (ImageNet, 14 x 14), else for twice as tall as wide (people, 16 x 8) [ours].
+    """
+    n = pos_embed.shape[1] - 1 if pos_embed.ndim == 3 and len(pos_embed) == 1 else 0
+    recipe = content.get("recipe")
+    if isinstance(recipe, dict) and "size" in recipe:
+        rows, columns = (side // patch for side in recipe["size"])
+    elif math.isqrt(max(n, 0)) ** 2 == n:
+        rows = columns = math.isqrt(max(n, 0))
+    else:
+        columns = math.isqrt(max(n, 0) // 2)
+        rows = 2 * columns
+    if n < 1 or rows * columns != n:
+        raise InputError(f"{path}: pos_embed of shape {tuple(pos_embed.shape)} fits neither a square nor "
+                         f"a 2:1 grid of patches after one [CLS] token; nothing was loaded")
+    return rows, columns
 
 
 def load_weights(path: str | Path, backbone: nn.Module) -> str:
     """Fill a backbone from a weights file and say what was done; it is filled wholly or not at all.
 
-    Accepts this project's files, flat timm / DINO / torchvision state dicts and TransReID's
-    fine-tuned ones. Classifiers are dropped; position embeddings are resized to the backbone's grid.
-    Raises InputError when a backbone weight is missing or has another shape.
+    Accepts this project's files, flat timm / DINO / torchvision state dicts, DINO's and iBOT's
+    training files (the teacher) and TransReID's fine-tuned ones. Classifiers are dropped; position
+    embeddings are resized to the backbone's grid. Raises InputError when a backbone weight is
+    missing, has another shape or is not finite, and when the file's network is deeper.
     """
-    state, own = backbone_state(read_checkpoint(path)), backbone.state_dict()
-    resized = []
-    pos = state.get("pos_embed")
-    if pos is not None and "pos_embed" in own and pos.shape[1] != own["pos_embed"].shape[1]:
-        n = pos.shape[1] - 1
-        ratio = 1 if int(n ** 0.5) ** 2 == n else 2      # 14 x 14 of ImageNet, or 16 x 8 of people
-        rows = int((n * ratio) ** 0.5)
-        state["pos_embed"] = personvit.resize_pos_embed(pos, (rows, rows // ratio), backbone.grid)
-        resized = [f"pos_embed {rows}x{rows // ratio} -> {backbone.grid[0]}x{backbone.grid[1]}"]
-    # old files lack the counter of batch norm; nothing reads it here
+    content = read_checkpoint(path)
+    state, own, resized = backbone_state(content), backbone.state_dict(), "none"
+    if "pos_embed" in state and "pos_embed" in own:
+        grid = source_grid(content, state["pos_embed"], backbone.patch_size, path)
+        if grid != backbone.grid and state["pos_embed"].shape[2] == backbone.embed_dim:
+            resized = "pos_embed {}x{} -> {}x{}".format(*grid, *backbone.grid)
+            state["pos_embed"] = personvit.resize_pos_embed(state["pos_embed"].float(), grid, backbone.grid)
+    # old files lack the counter of batch norm, which only an average over all steps would read
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
     wrong = [k for k in own if k in state and state[k].shape != own[k].shape]
-    if missing or wrong:
-        kind = "a ViT" if "cls_token" in state else "a ResNet" if "layer1.0.conv1.weight" in state else "none"
-        example = f"missing {missing[0]}" if missing else (
-            f"{wrong[0]} is {tuple(state[wrong[0]].shape)}, needed {tuple(own[wrong[0]].shape)}")
-        raise InputError(f"{path}: weights of another architecture: {len(missing)} of {len(own)} backbone "
-                         f"weights missing, {len(wrong)} of another shape ({example}); the file's backbone: "
-                         f"{kind}. Choose --arch to match; nothing was loaded")
     dropped = [k for k in state if k not in own]
-    backbone.load_state_dict({k: state[k] for k in own if k in state}, strict=False)
-    return (f"{path}: {len(own) - len(missing)}/{len(own)} backbone weights loaded, resized: "
-            f"{', '.join(resized) or 'none'}, dropped: {len(dropped)} ({', '.join(dropped[:3])})")
+    deeper = [k for k in dropped if k.startswith(("blocks.", "layer"))]
+    if missing or wrong or deeper:
+        kind = next((name for key, name in (("cls_token", "a ViT"), ("layer1.0.conv1.weight", "a ResNet"))
+                     if key in state), "unknown")
+        example = (f"missing {missing[0]}" if missing else f"too many: {deeper[0]}" if deeper else
+                   f"{wrong[0]} is {tuple(state[wrong[0]].shape)}, not {tuple(own[wrong[0]].shape)}")
+        raise InputError(f"{path}: weights of another architecture: {len(missing)} of {len(own)} backbone "
+                         f"weights missing, {len(wrong)} of another shape, {len(deeper)} of blocks that "
+                         f"this one lacks ({example}); the file's backbone: {kind}. Choose --arch to "
+                         f"match; nothing was loaded")
+    filled = {k: state[k] for k in own if k in state}
+    bad = [k for k, v in filled.items() if v.is_complex() or v.is_meta or not v.isfinite().all()]
+    if bad:
+        raise InputError(f"{path}: {len(bad)} weights are not finite real numbers, first {bad[0]}; "
+                         f"the training that wrote them had diverged; nothing was loaded")
+    backbone.load_state_dict(filled, strict=False)
+    return (f"{path}: {len(own)}/{len(own)} backbone weights loaded, resized: {resized}, dropped: "
+            f"{len(dropped)}{' (' + ', '.join(dropped[:3]) + ')' if dropped else ''}")
 
 
 def load_model(path: str | Path) -> tuple[ReIDModel, dict]:
-    """A fine-tuned model of train.py with its recipe: how to resize, normalise and read features."""
+    """A fine-tuned model of train.py with its recipe: how to resize, normalise, read features."""
     content = read_checkpoint(path)
     if content.get("format") != "reid-model":
-        raise InputError(f"{path}: not a model of train.py; a bare backbone has no recipe for evaluation. "
-                         f"Fine-tune it first: python train.py --weights {path}")
-    recipe = content["recipe"]
-    backbone = build_backbone(recipe["arch"], tuple(recipe["size"]), 0.0, recipe["last_stride"])
-    model = ReIDModel(backbone, content["num_ids"], recipe["neck_feat"])
-    model.load_state_dict(content["model"])
+        raise InputError(f"{path}: not a model.pth of train.py, so nothing says how to read images for "
+                         f"it; fine-tune first: python train.py --weights {path}")
+    try:
+        recipe = content["recipe"]
+        backbone = build_backbone(recipe["arch"], tuple(recipe["size"]), 0.0, recipe["last_stride"])
+        model = ReIDModel(backbone, content["num_ids"], recipe["neck_feat"])
+        model.load_state_dict(content["model"])
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, AssertionError) as error:
+        raise InputError(f"{path}: damaged, its weights and recipe do not fit ({error})") from None
     return model.eval(), recipe
 
 
@@ -162,7 +206,8 @@ def load_model(path: str | Path) -> tuple[ReIDModel, dict]:
 
 
 class EvalImages(torch.utils.data.Dataset):
-    """Item i: uint8 image (3, H, W), bilinear as in the reference, and a number made of the file's bytes."""
+    """Item i: uint8 image (3, H, W), resized bilinearly as in the reference code, and a number made
+    of the file's bytes. A broken file is an error: with images left out it would be another test."""
 
     def __init__(self, records: list[Record], size: tuple[int, int]):
         self.records, self.size = records, size
@@ -174,9 +219,9 @@ class EvalImages(torch.utils.data.Dataset):
         path = self.records[i].path
         try:
             content = Path(path).read_bytes()
-            image = decode_image(content, self.size, Image.Resampling.BILINEAR)
-        except (OSError, ValueError) as error:  # an evaluation with images left out is another evaluation
-            raise InputError(f"{path}: {error}") from None
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+        image = read_image(path, self.size, Image.Resampling.BILINEAR, content)
         return image, int.from_bytes(hashlib.blake2b(content, digest_size=7).digest(), "big")
 
 
@@ -291,8 +336,9 @@ def count_before(dist: Tensor, columns: Tensor, match: Tensor, same: Tensor, tie
     """
     B, W = columns.shape
     row = torch.arange(B, device=dist.device)[:, None].expand(B, W)
-    hits = torch.where(match, dist.gather(1, columns), torch.inf).sort(1).values  # (B, W), padded with inf
-    dist[row[same], columns[same]] = torch.inf                   # own id: no one stands before its own
+    hits = torch.where(match, dist.gather(1, columns), torch.inf)
+    hits = hits.sort(1).values                                   # (B, W), padded with inf
+    dist[row[same], columns[same]] = torch.inf                   # own id: never before its own
     # bin[g] = number of hits nearer than g: g stands before all hits but those
     bins = torch.searchsorted(hits + tie, dist)                  # (B, G)
     bins += torch.arange(B, device=dist.device)[:, None] * (W + 1)
@@ -300,38 +346,53 @@ def count_before(dist: Tensor, columns: Tensor, match: Tensor, same: Tensor, tie
     return counts.cumsum(1)[:, :W] + torch.arange(W, device=dist.device)
 
 
-def accumulate(chunks, q_pids, q_camids, g_pids, g_camids, q_images, g_images, max_rank: int, ap: str,
+@dataclass
+class Labels:
+    """Ids, cameras and, if at hand, image numbers of one side of a ranking: (N,) each."""
+
+    pids: object
+    camids: object
+    images: object = None
+
+    def check(self, n: int, side: str) -> None:
+        sizes = {"ids": self.pids, "cameras": self.camids, "image numbers": self.images}
+        sizes = {name: len(values) for name, values in sizes.items() if values is not None}
+        if n < 1 or set(sizes.values()) != {n}:
+            raise InputError(f"the {side} has {n} images and " +
+                             ", ".join(f"{size} {name}" for name, size in sizes.items()))
+
+
+def accumulate(chunks, query: Labels, gallery: Labels, max_rank: int, ap: str,
                tie: float) -> RankResult:
     """CMC and mAP from an iterator of distance blocks (B, G) that covers the queries in order."""
-    if ap not in ("step", "market"):
-        raise InputError(f"ap is 'step' or 'market', not {ap!r}")
-    gallery = Gallery(g_pids, g_camids, g_images)
-    q_pids, q_camids = as_ids(q_pids), as_ids(q_camids)
-    q_images = None if q_images is None else as_ids(q_images)
+    if ap not in ("step", "market") or max_rank < 1:
+        raise InputError(f"ap is 'step' or 'market', max_rank at least 1; not {ap!r}, {max_rank}")
+    lookup = Gallery(gallery.pids, gallery.camids, gallery.images)
+    q_pids, q_camids = as_ids(query.pids), as_ids(query.camids)
+    q_images = None if query.images is None else as_ids(query.images)
     total, start, cmc = len(q_pids), 0, torch.zeros(max_rank, dtype=torch.float64)
-    APs = {"step": torch.full((total,), torch.nan), "market": torch.full((total,), torch.nan)}
-    APs = {name: values.double() for name, values in APs.items()}
+    APs = {name: torch.full((total,), torch.nan, dtype=torch.float64) for name in ("step", "market")}
     for dist in chunks:
         part = slice(start, start + len(dist))
         start += len(dist)
-        if dist.isnan().any():
-            raise InputError("distances hold NaN: the features are broken, a ranking of them means nothing")
-        split = gallery.split(q_pids[part], q_camids[part], None if q_images is None else q_images[part])
+        if not dist.isfinite().all():
+            raise InputError("distances hold NaN or infinity: a ranking of them means nothing")
+        split = lookup.split(q_pids[part], q_camids[part], None if q_images is None else q_images[part])
         columns, match, same = (t.to(dist.device) for t in split)
         rank = count_before(dist, columns, match, same, tie).cpu()           # (B, W)
         R = match.sum(1).cpu()                                               # (B,) right answers
         j = torch.arange(rank.shape[1])
         hit = j < R[:, None]                                                 # (B, W)
         p, j = rank.double(), j.double()
-        new = (j + 1) / (p + 1)                                              # precision with the hit ...
+        new = (j + 1) / (p + 1)                                              # precision with the hit
         old = torch.where(p > 0, j / p.clamp(min=1), 1.0)                    # ... and just before it
         for name, precision in (("step", new), ("market", (old + new) / 2)):
-            APs[name][part] = (precision * hit).sum(1) / R                   # 0/0 = NaN marks the invalid
+            APs[name][part] = (precision * hit).sum(1) / R                   # 0/0 = NaN: invalid
         first = rank[R > 0, 0]
         cmc += torch.bincount(first[first < max_rank], minlength=max_rank)
     valid = int((~APs["step"].isnan()).sum())
     if not valid:
-        raise InputError(explain_no_valid(q_pids, gallery))
+        raise InputError(explain_no_valid(q_pids, lookup))
     mAPs = {name: float(values.nanmean()) for name, values in APs.items()}
     return RankResult((cmc.cumsum(0) / valid).numpy(), mAPs[ap], valid, total, ap, mAPs, APs[ap].numpy())
 
@@ -339,52 +400,61 @@ def accumulate(chunks, q_pids, q_camids, g_pids, g_camids, q_images, g_images, m
 def explain_no_valid(q_pids: Tensor, gallery: Gallery) -> str:
     absent = int((~torch.isin(q_pids, gallery.pids)).sum())
     return (f"no query has a right answer in the gallery: of {len(q_pids)} queries, {absent} have an id "
-            f"that is not in the gallery, {len(q_pids) - absent} have it only by the query's own camera "
-            f"(or only as the same image). If the camera ids mean nothing, --cams none compares all "
-            f"images but the query itself; if the ids differ, check that query and gallery are one set")
+            f"that is not in the gallery, {len(q_pids) - absent} have it only by the query's own "
+            f"camera (or as the same image). If the camera ids mean nothing, --cams none excludes "
+            f"only the query image itself; if ids differ, are query and gallery of one set?")
 
 
 def cmc_map(distmat, q_pids, g_pids, q_camids, g_camids, max_rank: int = 50, ap: str = "step",
             q_images=None, g_images=None) -> RankResult:
     """CMC and mAP of a distance matrix (Q, G), smaller = more alike; ids and cameras (Q,) and (G,).
 
-    ap="step": AP = mean of precision@rank over the right answers (TransReID, PersonViT, fast-reid,
-    torchreid: both papers' tables). ap="market": the trapezoid of the set's own MATLAB code, mean
-    of the precision before and at each right answer; never higher. Images of the query's id by the
-    query's camera are left out, as are copies of the query when image numbers are given; distractors
-    (id 0) stay; ties count against the query. Raises InputError (a ValueError) for NaN, for shapes
-    that do not agree and when no query has a right answer.
+    ap="step": AP = mean of precision@rank over the right answers (PersonViT, TransReID, fast-reid,
+    torchreid). ap="market": the trapezoid of Market-1501's MATLAB code, mean of the precision before
+    and at each right answer; never higher. Images of the query's id by the query's camera are left
+    out, as are, when image numbers are given, images of its id with its number; distractors (id 0)
+    stay; ties count against the query. Raises InputError (a ValueError) for distances that are not
+    finite, sizes that do not agree and when no query has a right answer.
 
     >>> hits_at = [1, 1, 0, 1, 0, 0, 1]                      # one query, a gallery already in order
     >>> result = cmc_map([[1, 2, 3, 4, 5, 6, 7]], [1], hits_at, [0], [1] * 7)
     >>> round(result.mAPs["step"], 4), round(result.mAPs["market"], 4)
     (0.8304, 0.811)
     """
-    dist = torch.as_tensor(distmat)
-    dist = dist if dist.is_floating_point() else dist.float()
-    if dist.shape != (len(q_pids), len(g_pids)) or len(q_camids) != len(q_pids) or len(g_camids) != len(g_pids):
-        raise InputError(f"distances {tuple(dist.shape)} for {len(q_pids)} queries ({len(q_camids)} cameras) "
-                         f"and {len(g_pids)} gallery images ({len(g_camids)} cameras)")
+    dist = torch.as_tensor(np.ascontiguousarray(distmat) if not isinstance(distmat, Tensor) else distmat)
+    dist = dist if dist.is_floating_point() else dist.double()
+    if dist.ndim != 2:
+        raise InputError(f"distances are a matrix (queries, gallery), not of shape {tuple(dist.shape)}")
+    query, gallery = Labels(q_pids, q_camids, q_images), Labels(g_pids, g_camids, g_images)
+    query.check(len(dist), "query")
+    gallery.check(dist.shape[1], "gallery")
     chunks = (block.clone() for block in dist.split(256))
-    return accumulate(chunks, q_pids, q_camids, g_pids, g_camids, q_images, g_images, max_rank, ap, tie=0.0)
+    return accumulate(chunks, query, gallery, max_rank, ap, tie=0.0)
+
+
+TIE = 1e-6  # similarities of unit vectors closer than this are equal: float32 rounds a dot product so
 
 
 def rank_features(q_feats, q_pids, q_camids, g_feats, g_pids, g_camids, max_rank: int = 50,
                   ap: str = "step", q_images=None, g_images=None, chunk: int = 256) -> RankResult:
-    """CMC and mAP of L2-normalised features (Q, D) and (G, D), without the (Q, G) matrix in memory.
+    """CMC and mAP of unit features (Q, D) and (G, D), without the (Q, G) matrix in memory.
 
-    Cosine similarity ranks as the Euclidean distance of unit vectors does. Similarities closer than
-    1e-6 are ties: below that, the order is float32 rounding of the dot product.
-    Raises InputError as `cmc_map` does, and for features that are not finite.
+    Cosine similarity ranks as the Euclidean distance of unit vectors does; similarities closer than
+    TIE are ties. Raises InputError as `cmc_map` does, and for features that are not of length 1.
     """
-    q_feats, g_feats = torch.as_tensor(q_feats).float(), torch.as_tensor(g_feats).float()
-    if not (q_feats.isfinite().all() and g_feats.isfinite().all()):
-        raise InputError("features hold NaN or infinity: the model is broken, a ranking of them means nothing")
-    if (len(q_feats), len(g_feats)) != (len(q_pids), len(g_pids)):
-        raise InputError(f"{len(q_feats)} query and {len(g_feats)} gallery features for {len(q_pids)} and "
-                         f"{len(g_pids)} ids")
+    q_feats, g_feats = (torch.as_tensor(f).float() for f in (q_feats, g_feats))
+    query, gallery = Labels(q_pids, q_camids, q_images), Labels(g_pids, g_camids, g_images)
+    for feats, labels, side in ((q_feats, query, "query"), (g_feats, gallery, "gallery")):
+        if feats.ndim != 2 or feats.shape[1] != q_feats.shape[-1]:
+            raise InputError(f"{side} features of shape {tuple(feats.shape)} beside query features of "
+                             f"shape {tuple(q_feats.shape)}")
+        labels.check(len(feats), side)
+        if not feats.isfinite().all():
+            raise InputError(f"{side} features hold NaN or infinity: a ranking of them means nothing")
+        if (feats.norm(dim=1) - 1).abs().max() > 1e-3:
+            raise InputError(f"{side} features are not of length 1; L2-normalise them first")
     chunks = ((-q) @ g_feats.T for q in q_feats.split(chunk))
-    return accumulate(chunks, q_pids, q_camids, g_pids, g_camids, q_images, g_images, max_rank, ap, tie=1e-6)
+    return accumulate(chunks, query, gallery, max_rank, ap, tie=TIE)
 
 
 @dataclass
@@ -404,8 +474,8 @@ def evaluate(model: nn.Module, dataset, recipe: dict, ap: str = "step", use_came
     use_cameras=False: exclude nothing but the query image itself.
     """
     if not dataset.query or not dataset.gallery:
-        raise InputError(f"{dataset.name} has {len(dataset.query)} query and {len(dataset.gallery)} gallery "
-                         f"images; both are needed to evaluate")
+        raise InputError(f"{dataset.name} has {len(dataset.query)} query and {len(dataset.gallery)} "
+                         f"gallery images; both are needed to evaluate")
     splits = []
     for records in (dataset.query, dataset.gallery):
         feats, images = extract(model, records, tuple(recipe["size"]), recipe["mean"], recipe["std"],
@@ -427,43 +497,44 @@ GREEN, RED, GREY, INK = (30, 150, 60), (205, 45, 45), (120, 120, 120), (30, 30, 
 
 
 def filtered_ranking(q: Features, g: Features, i: int) -> tuple[Tensor, Tensor]:
-    """Gallery indices of query i, nearest first, as the evaluator sees them (junk left out), and
-    their cosine similarities. Wrong answers come first among ties, as in `count_before`."""
+    """Gallery indices of query i, nearest first, as the evaluator sees them (junk left out, ties
+    against the query), and their cosine similarities."""
     similarity = g.feats @ q.feats[i]                                        # (G,)
-    pids = as_ids(g.pids)
-    own = pids == q.pids[i]
+    own = as_ids(g.pids) == q.pids[i]
     junk = own & ((as_ids(g.camids) == q.camids[i]) | (g.images == q.images[i]))
-    order = torch.argsort(own.int(), stable=True)                            # right answers last, then ...
-    rank = torch.argsort(-(similarity[order] / 1e-6).round(), stable=True)   # ... stable by similarity
-    order = order[rank]
+    distance = torch.where(own, -similarity + TIE, -similarity)              # as in `count_before`
+    order = torch.argsort(own.int(), stable=True)                            # wrong answers first ...
+    order = order[torch.argsort(distance[order], stable=True)]               # ... among equals
     order = order[~junk[order]]
     return order, similarity[order]
 
 
-def draw_ranks(file: str | Path, dataset, q: Features, g: Features, rows: int = 8, columns: int = 10) -> None:
+def draw_ranks(file: str | Path, dataset, q: Features, g: Features, rows: int = 8,
+               columns: int = 10) -> None:
     """Rank-list picture (PNG): a row per query, the query first, then its nearest gallery images.
 
     Green frames are right answers, red ones wrong, with camera and cosine similarity beneath. Rows
     are spread evenly over all valid queries: a picture of the best ones only would be a lie.
     """
-    valid = [i for i in range(len(q.pids)) if (as_ids(g.pids) == q.pids[i]).any()
-             and (as_ids(g.pids)[filtered_ranking(q, g, i)[0]] == q.pids[i]).any()]
-    chosen = [valid[k * len(valid) // min(rows, len(valid))] for k in range(min(rows, len(valid)))]
+    pids = as_ids(g.pids)
+    valid = [i for i in range(len(q.pids)) if (pids[filtered_ranking(q, g, i)[0]] == q.pids[i]).any()]
+    rows = min(rows, len(valid))
+    chosen = [valid[k * len(valid) // rows] for k in range(rows)]
     w, h, gap, label, head = 64, 128, 14, 16, 44
     width, height = gap + (columns + 1) * (w + gap) + gap, head + len(chosen) * (h + label + gap)
     picture = Image.new("RGB", (width, height), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
     draw.text((gap, 6), "query", INK, font)
-    draw.text((2 * gap + w + gap, 6), f"{dataset.name}: nearest {columns} of {len(g.pids):,} gallery images; "
+    draw.text((3 * gap + w, 6), f"{dataset.name}: nearest {columns} of {len(g.pids):,} gallery images; "
               "same person by the same camera left out", INK, font)
-    for color, name, x in ((GREEN, "same person", 2 * gap + w + gap), (RED, "another person", 230)):
+    for color, name, x in ((GREEN, "same person", 3 * gap + w), (RED, "another person", 230)):
         draw.rectangle((x, 27, x + 10, 37), outline=color, width=3)
         draw.text((x + 16, 24), name, INK, font)
 
     def paste(record: Record, column: int, y: int, color, text: str) -> None:
         x = gap + column * (w + gap) + (gap if column else 0)
-        with Image.open(record.path) as image:
-            picture.paste(image.convert("RGB").resize((w, h), Image.Resampling.BILINEAR), (x, y))
+        pixels = read_image(record.path, (h, w), Image.Resampling.BILINEAR).permute(1, 2, 0)
+        picture.paste(Image.fromarray(pixels.numpy()), (x, y))
         draw.rectangle((x - 3, y - 3, x + w + 2, y + h + 2), outline=color, width=3)
         draw.text((x, y + h + 3), text, INK, font)
 
@@ -477,31 +548,48 @@ def draw_ranks(file: str | Path, dataset, q: Features, g: Features, rows: int = 
         for k, (j, s) in enumerate(zip(order[:columns].tolist(), similarity.tolist())):
             color = GREEN if g.pids[j] == q.pids[i] else RED
             paste(dataset.gallery[j], k + 1, y, color, f"{camera(dataset.gallery[j])} {s:.3f}")
-    try:
-        picture.save(file)
-    except OSError as error:
-        raise InputError(f"{file}: the picture cannot be written ({error.strerror})") from None
+    picture.save(file, format="PNG")
+
+
+def device_name(text: str) -> str:
+    """cpu, cuda or cuda:1, if there is such a thing here."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither cpu nor cuda")
+    if text != "cpu" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("no GPU is usable here: run with --device cpu")
+    return text
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="CMC and mAP of a fine-tuned model on a ReID dataset.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--dataset", required=True, metavar="NAME", help=f"{', '.join(NAMES)} or any folder")
+    parser = argparse.ArgumentParser(
+        description="CMC and mAP of a fine-tuned model on a ReID dataset.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--dataset", required=True, metavar="NAME",
+                        help=f"{', '.join(NAMES)} or any folder")
     parser.add_argument("--data-root", default="data", help="folder that holds the datasets")
     parser.add_argument("--weights", required=True, help="model.pth of a run of train.py")
-    parser.add_argument("--ap", choices=("step", "market"), default="step", help="convention of mAP")
+    parser.add_argument("--ap", choices=("step", "market"), default="step", help="rule of mAP")
     parser.add_argument("--cams", choices=("file", "none"), default="file",
                         help="cameras from the file names, or none: exclude only the image itself")
-    parser.add_argument("--ranks", metavar="PNG", help="draw the rank list into this file")
+    parser.add_argument("--ranks", metavar="PNG", help="draw the rank list into this new file")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing picture")
     parser.add_argument("--batch-size", type=int, default=128, help="images per forward pass")
     parser.add_argument("--workers", type=int, default=2, help="processes that decode images")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument("--bf16", action="store_true", help="bfloat16 forward pass, float32 ranking")
+    parser.add_argument("--device", type=device_name, help="cpu or cuda",
+                        default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 network, float32 ranking")
     return parser
 
 
 def main() -> None:
-    args = make_parser().parse_args()
+    parser = make_parser()
+    args = parser.parse_args()
+    if args.batch_size < 1 or args.workers < 0:
+        parser.error("--batch-size is at least 1, --workers at least 0")
+    if args.ranks and not args.ranks.endswith(".png"):
+        parser.error(f"--ranks {args.ranks}: the picture is a PNG, name it so")
+    if args.ranks and os.path.exists(args.ranks) and not args.overwrite:
+        raise InputError(f"{args.ranks} exists; --overwrite replaces it")
     model, recipe = load_model(args.weights)
     dataset = load_dataset(args.dataset, args.data_root)
     print(f"{args.weights}: {recipe['arch']} at {recipe['size'][0]}x{recipe['size'][1]}, feature "
@@ -516,7 +604,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    command_line(main)

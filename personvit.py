@@ -14,6 +14,9 @@ shared by DINO, iBOT, TransReID and PersonViT, so that their files load as they 
 `VisionTransformer.forward_features` first.
 """
 
+import copy
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -156,11 +159,18 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"an image of {height} x {width} holds no patch of {self.patch_size} pixels")
         return rows, columns
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """All tokens after the last LayerNorm: (B, 3, H, W) -> (B, 1 + N, D), [CLS] first."""
+    def forward_features(self, x: Tensor, mask: Tensor | None = None,
+                         mask_token: Tensor | None = None) -> Tensor:
+        """All tokens after the last LayerNorm: (B, 3, H, W) -> (B, 1 + N, D), [CLS] first.
+
+        mask (B, rows, columns), True = hidden: there mask_token (1, D) stands for the patch, before
+        positions are added, so that the network still knows where the hole is [iBOT].
+        """
         B, _, H, W = x.shape
         grid = self.grid_of(H, W)
         patches = self.patch_embed(x).flatten(2).transpose(1, 2)        # (B, N, D), row by row
+        if mask is not None:
+            patches = torch.where(mask.flatten(1)[:, :, None], mask_token.to(patches.dtype), patches)
         cls = self.cls_token.expand(B, -1, -1)                          # (B, 1, D)
         pos = resize_pos_embed(self.pos_embed, self.grid, grid)         # (1, 1 + N, D)
         x = torch.cat([cls, patches], dim=1) + pos                      # (B, 1 + N, D)
@@ -188,10 +198,275 @@ def vit_base(img_size: tuple[int, int] = (256, 128), **kwargs) -> VisionTransfor
     return VisionTransformer(img_size, embed_dim=768, depth=12, num_heads=12, **kwargs)
 
 
-if __name__ == "__main__":  # the file alone, in any folder: shapes and sizes
+# ---------------------------------------------------------------------------------------------
+# Masks: blocks of hidden patches
+# ---------------------------------------------------------------------------------------------
+
+
+def block_mask(height: int, width: int, ratio: float, generator: torch.Generator) -> Tensor:
+    """Hide about `ratio` of a (height, width) patch grid by random rectangles: bool, True = hidden.
+
+    Blocks and not single patches: a lone hole is filled in from its neighbours without knowing what
+    a person is. Never hides more than ratio * height * width patches, at times a little less.
+    Source: [iBOT], after BEiT.
+
+    >>> mask = block_mask(16, 8, 0.3, torch.Generator().manual_seed(0))
+    >>> mask.shape, 0.25 < mask.float().mean() <= 0.3
+    (torch.Size([16, 8]), tensor(True))
+    """
+    mask = torch.zeros(height, width, dtype=torch.bool)
+    target, hidden = ratio * height * width, 0
+    smallest = (min(height, width) // 3) ** 2                    # area of the smallest block
+    while hidden < target:
+        room, before = target - hidden, hidden
+        for u in torch.rand(10, 4, generator=generator).tolist():    # ten tries to place one block
+            area = smallest + (room - smallest) * u[0]
+            aspect = math.exp((2 * u[1] - 1) * math.log(1 / 0.3))    # height / width, 0.3 to 1 / 0.3
+            h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if h >= height or w >= width:
+                continue
+            top, left = int(u[2] * (height - h + 1)), int(u[3] * (width - w + 1))
+            block = mask[top:top + h, left:left + w]
+            new = h * w - int(block.sum())
+            if 0 < new <= room:
+                block[:] = True
+                hidden += new
+                break
+        if hidden == before:
+            break
+    return mask
+
+
+def draw_masks(n: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+    """Masks of n images, (n, height, width): half of the images are left whole, the others hide a
+    share drawn from U(0.1, 0.5) [iBOT]; the whole ones keep the network used to unmasked people."""
+    whole, share = torch.rand(2, n, generator=generator)
+    ratios = torch.where(whole < 0.5, 0.0, 0.1 + 0.4 * share).tolist()
+    return torch.stack([block_mask(height, width, ratio, generator) for ratio in ratios])
+
+
+# ---------------------------------------------------------------------------------------------
+# The head: from a token to scores over prototypes
+# ---------------------------------------------------------------------------------------------
+
+
+class Prototypes(nn.Module):
+    """Scores of unit vectors against K prototypes, (..., d) -> (..., K): cosines times a gain.
+
+    weight_g is the gain of each prototype; fixed at 1 (`norm_last_layer`), no prototype can win by
+    growing long. Names are those of the old weight_norm, as found in DINO's and iBOT's files.
+    """
+
+    def __init__(self, dim: int, num_prototypes: int, norm_last_layer: bool):
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(num_prototypes, 1), requires_grad=not norm_last_layer)
+        self.weight_v = nn.Parameter(torch.empty(num_prototypes, dim))
+        nn.init.trunc_normal_(self.weight_v, std=0.02)
+
+    def forward(self, z: Tensor) -> Tensor:
+        # not in bfloat16: a temperature of 0.04 would make its rounding of a cosine 0.1 of a logit
+        with torch.autocast(z.device.type, enabled=False):
+            return F.linear(z, self.weight_g * F.normalize(self.weight_v, dim=1))
+
+
+class ProjectionHead(nn.Module):
+    """Three-layer MLP, unit sphere, prototypes; [CLS] and patch tokens share the MLP [DINO, iBOT].
+
+    shared: both kinds of token use the same prototypes too, so that a patch of trousers may speak
+    the language of whole people [iBOT]. Else patches have `last_layer2` of their own.
+    """
+
+    def __init__(self, embed_dim: int, num_prototypes: int = 8192, hidden: int = 2048,
+                 bottleneck: int = 256, shared: bool = True, norm_last_layer: bool = True):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(embed_dim, hidden), nn.GELU(),
+                                 nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck))
+        for layer in self.mlp[::2]:
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+        self.last_layer = Prototypes(bottleneck, num_prototypes, norm_last_layer)
+        self.last_layer2 = self.last_layer if shared else Prototypes(bottleneck, num_prototypes,
+                                                                     norm_last_layer)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(..., D) -> unit vectors (..., bottleneck); the prototypes are applied where needed only."""
+        return F.normalize(self.mlp(tokens).float(), dim=-1)
+
+
+# ---------------------------------------------------------------------------------------------
+# Losses: pure functions
+# ---------------------------------------------------------------------------------------------
+
+
+def soft_cross_entropy(teacher: Tensor, student: Tensor) -> Tensor:
+    """-sum_k teacher_k log student_k: probabilities (..., K), log-probabilities (..., K) -> (...).
+
+    Cross-entropy = KL(teacher || student) + entropy(teacher). The second part has no gradient, yet
+    it moves as the teacher sharpens: this loss may rise while the student follows ever better.
+    """
+    return -(teacher * student).sum(-1)
+
+
+def cls_loss(teacher: Tensor, student: Tensor) -> Tensor:
+    """[CLS] self-distillation across views [PersonViT Eq. 4]: (G, B, K), (V, B, K) -> scalar.
+
+    The first G student views are the teacher's. Mean over all pairs of different views and images:
+    a pair of equal views would be solved without understanding anything.
+    """
+    G, V = len(teacher), len(student)
+    # sum over v != q of CE(t_q, s_v) = CE(t_q, sum of all s) - CE(t_q, s_q): one product per q
+    total = soft_cross_entropy(teacher, student.sum(0)) - soft_cross_entropy(teacher, student[:G])
+    return total.sum(0).mean() / (G * (V - 1))
+
+
+def patch_loss(teacher: Tensor, student: Tensor, weight: Tensor) -> Tensor:
+    """Masked-patch distillation [PersonViT Eq. 7]: (M, K), (M, K), (M,) -> scalar.
+
+    The M rows are all hidden patches of the batch, of the same view in both networks. weight: 1 /
+    (hidden patches of the row's image x images), so that each image counts alike, and one
+    with nothing hidden counts 0 and not NaN.
+    """
+    return (weight * soft_cross_entropy(teacher, student)).sum()
+
+
+# ---------------------------------------------------------------------------------------------
+# The objective
+# ---------------------------------------------------------------------------------------------
+
+
+class PersonViT(nn.Module):
+    """Student and teacher, each a ViT with a head; forward gives the losses of one step.
+
+    backbone: the student's ViT; the teacher starts as its copy, follows it as a moving average, and
+    is what gets exported. Raises ValueError for masks that do not fit the images' patch grid.
+    """
+
+    def __init__(self, backbone: VisionTransformer, num_prototypes: int = 8192, hidden: int = 2048,
+                 bottleneck: int = 256, shared_head: bool = True, norm_last_layer: bool = True,
+                 center_momentum: float = 0.9):
+        super().__init__()
+        D, K = backbone.embed_dim, num_prototypes
+        head = ProjectionHead(D, K, hidden, bottleneck, shared_head, norm_last_layer)
+        self.student = nn.ModuleDict({"backbone": backbone, "head": head})
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        for block in self.teacher["backbone"].blocks:
+            block.drop_path = 0.0                                # the teacher sees with all its layers
+        self.mask_token = nn.Parameter(torch.zeros(1, D))        # the student's alone
+        self.center_momentum = center_momentum
+        for name in ("center", "patch_center", "new_center", "new_patch_center"):
+            self.register_buffer(name, torch.zeros(K))
+        self.register_buffer("forwards", torch.zeros(()))        # since the centres last moved
+
+    def forward(self, views: dict[str, Tensor], teacher_temp: float, patch_temp: float,
+                student_temp: float = 0.1) -> dict[str, Tensor]:
+        """Losses {"total", "cls", "patch"} and diagnostics of one batch, all scalars.
+
+        views: "globals" (2, B, 3, H, W), "locals" (L, B, 3, h, w), "masks" (2, B, rows, columns) on
+        the CPU, True = hidden: their number is needed there, and asking a GPU for it would stall it.
+        """
+        masks = views["masks"].flatten(2)                                        # (2, B, N)
+        G, B, N = masks.shape
+        rows = masks.flatten().nonzero().flatten()                               # (M,) of G B N
+        weight = (1 / masks.sum(2).clamp(min=1) / (G * B)).repeat_interleave(N)[rows]
+        device = self.center.device
+        rows, weight = rows.to(device, non_blocking=True), weight.to(device, non_blocking=True)
+        t_cls, t_patch, spread = self.teach(views["globals"], rows)              # (G, B, K), (M, K)
+        s_cls, s_patch = self.study(views, rows)                                 # (V, B, K), (M, K)
+        # subtracting the centre keeps one prototype from taking all, the low temperature keeps the
+        # scores from going flat: each prevents the collapse that the other alone would cause [DINO]
+        t_cls = ((t_cls - self.center) / teacher_temp).softmax(-1)
+        t_patch = ((t_patch - self.patch_center) / patch_temp).softmax(-1)
+        s_cls, s_patch = ((s / student_temp).log_softmax(-1) for s in (s_cls, s_patch))
+        cls, patch = cls_loss(t_cls, s_cls), patch_loss(t_patch, s_patch, weight)
+        return {"total": cls + patch, "cls": cls, "patch": patch,                # [PersonViT Eq. 8]
+                "feature_std": spread, **self.diagnose(t_cls, cls)}
+
+    @torch.no_grad()
+    def teach(self, views: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Teacher scores of whole views: [CLS] (G, B, K) and hidden patches (M, K), and the spread of
+        the features: 1 = even over the sphere, 0 = one point. Notes the mean scores."""
+        backbone, head = self.teacher["backbone"], self.teacher["head"]
+        tokens = backbone.forward_features(views.flatten(0, 1))                  # (G B, 1 + N, D)
+        feature = F.normalize(tokens[:, 0].float(), dim=1)
+        spread = feature.var(0).sum().sqrt()
+        z = head(tokens)                                                         # (G B, 1 + N, d)
+        cls, patches = head.last_layer(z[:, 0]), z[:, 1:].flatten(0, 1)          # (G B, K), (G B N, d)
+        # the centre of patches is a mean over ALL of them; scores are linear in z, so the score of
+        # the mean is the mean of the scores, and the other patches never meet the prototypes
+        mean = head.last_layer2(patches.mean(0, keepdim=True))                   # (1, K)
+        self.new_center += gathered_mean(cls.mean(0))
+        self.new_patch_center += gathered_mean(mean[0])
+        self.forwards += 1
+        return cls.unflatten(0, views.shape[:2]), head.last_layer2(patches[rows]), spread
+
+    def study(self, views: dict[str, Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Student scores: [CLS] of masked global and whole local views (G + L, B, K), patches (M, K)."""
+        backbone, head = self.student["backbone"], self.student["head"]
+        mask = views["masks"].flatten(0, 1).to(rows.device, non_blocking=True)   # (G B, rows, columns)
+        tokens = backbone.forward_features(views["globals"].flatten(0, 1), mask, self.mask_token)
+        patches = head.last_layer2(head(tokens[:, 1:].flatten(0, 1)[rows]))
+        cls = [tokens[:, 0]]                                                     # also masked [iBOT]
+        if len(views["locals"]):
+            cls.append(backbone(views["locals"].flatten(0, 1)))                  # (L B, D), never masked
+        cls = head.last_layer(head(torch.cat(cls)))
+        return cls.unflatten(0, (-1, views["globals"].shape[1])), patches
+
+    @torch.no_grad()
+    def diagnose(self, t_cls: Tensor, cls: Tensor) -> dict[str, Tensor]:
+        """What tells learning from collapse; no host synchronisation.
+
+        entropy: of the teacher's answers, at most ln K. kl: teacher to student, the part of the loss
+        that can be learnt. information: how much an answer says about the image, entropy of the mean
+        answer - mean entropy; 0 when all images get the same answer, flat or sharp. prototypes:
+        how many are some image's favourite.
+        """
+        entropy = torch.special.entr(t_cls).sum(-1).mean()
+        information = torch.special.entr(t_cls.flatten(0, 1).mean(0)).sum() - entropy
+        used = torch.zeros_like(self.center).scatter_(0, t_cls.argmax(-1).flatten(), 1.0).sum()
+        return {"entropy": entropy, "kl": cls.detach() - entropy, "information": information,
+                "prototypes": used}
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float) -> None:
+        """Once per optimiser step: teacher = m teacher + (1 - m) student, and the centres move on."""
+        t, s = list(self.teacher.parameters()), list(self.student.parameters())
+        assert len(t) == len(s), "teacher and student are built alike"
+        torch._foreach_lerp_(t, s, 1 - momentum)
+        for center, new in ((self.center, self.new_center), (self.patch_center, self.new_patch_center)):
+            center.lerp_(new / self.forwards, 1 - self.center_momentum)
+            new.zero_()
+        self.forwards.zero_()
+
+    @staticmethod
+    def collapsed(values: dict[str, float]) -> bool:
+        """Do logged diagnostics show a teacher that gives every image the same answer?"""
+        return values["information"] < 1e-2 or values["feature_std"] < 1e-2
+
+    def backbone_for_export(self) -> VisionTransformer:
+        """The teacher's ViT: an average over many students, better than each [DINO]."""
+        return self.teacher["backbone"]
+
+
+def gathered_mean(x: Tensor) -> Tensor:
+    """Mean over all processes; per-process centres would drift apart. One process: x itself."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(x)
+        x /= torch.distributed.get_world_size()
+    return x
+
+
+if __name__ == "__main__":  # the file alone, in any folder: sizes, and one step on noise
     for build in (vit_tiny, vit_small, vit_base):
         net = build().eval()
         images = torch.randn(2, 3, 256, 128)
-        count = sum(p.numel() for p in net.parameters())
-        print(f"{build.__name__}: {count:,} parameters, images {tuple(images.shape)} -> "
-              f"tokens {tuple(net.forward_features(images).shape)} -> feature {tuple(net(images).shape)}")
+        print(f"{build.__name__}: {sum(p.numel() for p in net.parameters()):,} parameters, images "
+              f"{tuple(images.shape)} -> tokens {tuple(net.forward_features(images).shape)} -> "
+              f"feature {tuple(net(images).shape)}")
+    model = PersonViT(vit_tiny(drop_path=0.1), num_prototypes=1024)
+    noise = {"globals": torch.randn(2, 4, 3, 256, 128), "locals": torch.randn(3, 4, 3, 128, 64),
+             "masks": draw_masks(8, 16, 8, torch.Generator().manual_seed(1)).unflatten(0, (2, 4))}
+    losses = model(noise, teacher_temp=0.04, patch_temp=0.04)
+    losses["total"].backward()
+    model.update_teacher(0.996)
+    print("one step on noise:", ", ".join(f"{k} {v.item():.3f}" for k, v in losses.items()),
+          f"(ln 1024 = {math.log(1024):.3f})")

@@ -13,6 +13,7 @@ import functools
 import itertools
 import multiprocessing
 import shutil
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -355,17 +356,21 @@ def make_synthetic(root, train_ids=100, test_ids=100, seed=0, cameras=6, size=(1
         raise ValueError("make_synthetic needs train_ids, test_ids >= 1 and 2 to 9 cameras")
     if root.exists() and any(root.iterdir()):
         raise FileExistsError(f"{root} already holds files: name a new or an empty folder")
-    partial = root.with_name(root.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for part in ("bounding_box_train", "query", "bounding_box_test"):
-        (partial / part).mkdir(parents=True)
-    jobs = list(plan(partial, train_ids, test_ids, seed, cameras, size))
-    if workers == 0:
-        list(map(render, jobs))
-    else:
-        with multiprocessing.Pool(workers) as pool:
-            pool.map(render, jobs, chunksize=16)
-    if root.exists():
-        root.rmdir()
-    partial.rename(root)  # only now does `root` appear: an interrupted run leaves no half set
+    root.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f"{root.name}.", suffix=".partial", dir=root.parent))
+    try:
+        for part in ("bounding_box_train", "query", "bounding_box_test"):
+            (partial / part).mkdir()
+        jobs = list(plan(partial, train_ids, test_ids, seed, cameras, size))
+        if workers == 0:
+            list(map(render, jobs))
+        else:
+            with multiprocessing.Pool(workers) as pool:
+                pool.map(render, jobs, chunksize=16)
+        if root.exists():
+            root.rmdir()
+        partial.rename(root)  # only now does `root` appear: an interrupted run leaves no half set
+        root.chmod(0o755)  # mkdtemp's folders are private
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return root

@@ -1,26 +1,32 @@
-"""Fine-tuning for ReID: the recipes, the losses, the loop, the run folder.
+"""Training: the recipes, the losses of fine-tuning, both loops, the run folder.
 
-    images of P identities x K each -> backbone -> feature f -> BNNeck -> classifier
-    L = cross-entropy(classifier(BN(f)), identity) + triplet(f)                 weights 1 : 1
+Fine-tuning for ReID. Images of P identities x K each -> backbone -> feature f -> BNNeck -> classifier
+
+    L = cross-entropy(classifier(BN(f)), identity) + triplet(f)               weights 1 : 1
 
 The identity loss knows only training identities; the triplet loss shapes distances, which is what
-ranks new people. Three steps of this loop equal the reference code's (tests/golden/finetune_3steps).
+ranks new people. Three steps equal the reference code's (tests/golden/finetune_3steps).
 
-A run lives in its folder under runs/: recipe.json, log.jsonl, checkpoint.pth, and at the end
-model.pth and results.json. The same command goes on where the folder stopped: all random draws of a
-step depend on (seed, step) alone, so a resumed run is the uninterrupted one. Read `fine_tune` first.
+Pre-training. Unlabelled crops -> views -> the method's losses -> optimiser -> teacher. The loop
+does not know which paper it runs: see `PersonViT` in personvit.py.
+
+A run lives in its folder under runs/: recipe.json, log.jsonl, checkpoint.pth, and at the end its
+weights. The same command goes on where the folder stopped: all random draws of a step depend on
+(seed, step) alone, so a resumed run is the uninterrupted one. Read `fine_tune`, `pretrain`, `loop`.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import math
 import os
 import signal
 import sys
 import time
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,76 +34,144 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import (FineTuneTransform, Images, InputError, NAMES, PKSampler, closest, load_dataset,
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+from data import (IMAGENET_MEAN, IMAGENET_STD, NAMES, FineTuneTransform, Images, InputError,
+                  MultiCrop, PKSampler, ShuffleSampler, closest, command_line, load_dataset,
                   step_generator, write_atomic)
-from evaluate import (ARCHS, ReIDModel, build_backbone, colour_histograms, draw_ranks, evaluate,
-                      load_weights, quiet_worker, rank_features, read_checkpoint)
+from evaluate import (ARCHS, ReIDModel, build_backbone, colour_histograms, device_name, draw_ranks,
+                      evaluate, load_weights, quiet_worker, rank_features, read_checkpoint)
+from personvit import PersonViT, draw_masks
 
 # ---------------------------------------------------------------------------------------------
 # Recipes: every hyper-parameter in one table, each with its source
 # ---------------------------------------------------------------------------------------------
 
 
+def option(default, help: str, low: float = -math.inf, high: float = math.inf, choices=None):
+    """A recipe's field: a default, what it is, the values it may have. It becomes a flag."""
+    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high,
+                                                        "choices": choices})
+
+
+VITS, RESNETS = (tuple(a for a in ARCHS if a.startswith(kind)) for kind in ("vit", "resnet"))
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """Fine-tuning hyper-parameters; defaults are PersonViT's published recipe for ViT-S [PersonViT code].
+    """Fine-tuning; the defaults are PersonViT's published recipe for ViT-S [PersonViT code]."""
 
-    Every field is a flag of the command line.
-    """
-
-    arch: str = "vit_small"                # backbone
-    size: tuple[int, int] = (256, 128)     # image height x width
-    epochs: int = 120                      # passes over all training images
-    ids: int = 16                          # P, identities per batch
-    images: int = 4                        # K, images per identity
-    optimizer: str = "sgd"                 # sgd (momentum 0.9), adam or adamw
-    lr: float = 4e-4                       # peak learning rate, made for batch 64 and pre-trained weights
-    bias_lr: float = 2.0                   # factor on the learning rate of biases
-    weight_decay: float = 1e-4             # on every parameter
-    schedule: str = "cosine"               # cosine, or steps (x 0.1 at 1/3 and at 7/12 of the epochs)
-    warmup: int = 20                       # epochs of linear warm-up from 1 % of the rate
-    smoothing: float = 0.0                 # label smoothing of the cross-entropy
-    margin: float | None = None            # triplet margin; none = soft margin log(1 + exp(d_ap - d_an))
-    drop_path: float = 0.1                 # stochastic depth of the last ViT block
-    last_stride: int = 1                   # stride of the last ResNet stage
-    erase: str = "noise"                   # random erasing with pixel noise, or with the mean colour
-    norm: str = "half"                     # mean = std = 0.5, or imagenet's statistics
-    neck_feat: str = "before"              # feature of the ranking: before or after the BNNeck
-    seed: int = 1234                       # of everything random
-    bf16: bool = False                     # bfloat16 in the backbone; on by default on a GPU
+    arch: str = option("vit_small", "backbone", choices=ARCHS)
+    size: tuple[int, int] = option((256, 128), "image height x width", 8, 4096)
+    epochs: int = option(120, "passes over the training images; 0 only evaluates", 0, 1e6)
+    ids: int = option(16, "P, identities per batch", 2, 1e5)
+    images: int = option(4, "K, images per identity", 1, 1e5)
+    optimizer: str = option("sgd", "sgd has momentum 0.9", choices=("sgd", "adam", "adamw"))
+    lr: float = option(4e-4, "peak learning rate, made for batch 64 and pre-trained weights", 0, 1e3)
+    bias_lr: float = option(2.0, "factor on the learning rate of biases", 0, 1e3)
+    weight_decay: float = option(1e-4, "on every parameter", 0, 1e3)
+    schedule: str = option("cosine", "steps: x 0.1 after 1/3 and 7/12 of the epochs",
+                           choices=("cosine", "steps"))
+    warmup: int = option(20, "epochs of linear warm-up from 1 %% of the rate", 0, 1e6)
+    smoothing: float = option(0.0, "label smoothing of the cross-entropy", 0, 1)
+    margin: float | None = option(None, "triplet margin, or none: log(1 + exp(d_ap - d_an))", 0, 1e3)
+    drop_path: float = option(0.1, "stochastic depth of the last ViT block", 0, 0.99)
+    last_stride: int = option(1, "stride of the last ResNet stage", choices=(1, 2))
+    erase: str = option("noise", "what random erasing leaves", choices=("noise", "mean"))
+    norm: str = option("half", "mean and std: all 0.5, or ImageNet's", choices=("half", "imagenet"))
+    neck_feat: str = option("before", "feature of the ranking: before or after the BNNeck",
+                            choices=("before", "after"))
+    seed: int = option(1234, "of everything random", 0, 2 ** 32 - 1)
+    bf16: bool = option(False, "bfloat16 in the network; on by default on a GPU")
 
     @property
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and std of the normalisation, per RGB channel in [0, 1]."""
-        return {"half": ((0.5,) * 3, (0.5,) * 3),
-                "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}[self.norm]
+        return {"half": ((0.5,) * 3, (0.5,) * 3), "imagenet": (IMAGENET_MEAN, IMAGENET_STD)}[self.norm]
 
 
-CHOICES = {"arch": ARCHS, "optimizer": ("sgd", "adam", "adamw"), "schedule": ("cosine", "steps"),
-           "erase": ("noise", "mean"), "norm": ("half", "imagenet"), "neck_feat": ("before", "after"),
-           "last_stride": (1, 2)}
-
-# "Bag of Tricks" for ResNet-50 (reid-strong-baseline). Network, losses, neck and last stride are its
-# paper's; the numbers below are from memory, to be checked against its configs. [BoT]
+# "Bag of Tricks" for ResNet-50 (reid-strong-baseline): network, losses, neck and last stride are its
+# paper's; the numbers are from memory, to be checked against its configuration files. [BoT]
 BAG_OF_TRICKS = dict(optimizer="adam", lr=3.5e-4, bias_lr=1.0, weight_decay=5e-4, schedule="steps",
                      warmup=10, smoothing=0.1, margin=0.3, erase="mean", norm="imagenet",
                      neck_feat="after")
 # Small nets from random weights on a CPU in minutes. [ours]
-LAPTOP = dict(size=(128, 64), epochs=24, ids=16, images=4, optimizer="adamw", lr=1e-3, bias_lr=1.0,
-              weight_decay=0.05, schedule="cosine", warmup=3, smoothing=0.1, margin=0.3)
+LAPTOP = dict(size=(128, 64), epochs=24, optimizer="adamw", lr=1e-3, bias_lr=1.0, weight_decay=0.05,
+              schedule="cosine", warmup=3, smoothing=0.1, margin=0.3)
 
 
 def recipe_for(dataset: str, arch: str | None = None) -> Recipe:
-    """The recipe of a dataset and a backbone; arch=None takes the dataset's usual one."""
+    """The fine-tuning recipe of a dataset and a backbone; arch=None takes the dataset's usual one."""
     arch = arch or ("resnet_tiny" if dataset == "synthetic" else "vit_small")
-    if arch not in ARCHS:
-        raise InputError(f"no architecture is called {arch!r}; did you mean {closest(arch, ARCHS)}?")
     values = BAG_OF_TRICKS if arch.startswith("resnet") else {}
     if dataset == "synthetic":
         values = values | LAPTOP
     elif (dataset, arch) == ("market1501", "vit_base"):
-        values = values | dict(warmup=5)  # its config leaves WARMUP_EPOCHS at the default [PersonViT code]
+        values = values | dict(warmup=5)  # its configuration leaves the entry out [PersonViT code]
     return Recipe(arch=arch, **values)
+
+
+@dataclass(frozen=True)
+class PersonViTRecipe:
+    """PersonViT pre-training on LUPerson. The paper's true values lie in its released checkpoints
+    (`args`); these are iBOT's for ViT-S/16 unless another source is named."""
+
+    arch: str = option("vit_small", "backbone [PersonViT]", choices=VITS)
+    size: tuple[int, int] = option((256, 128), "global crops; local ones: half [PersonViT]", 16, 4096)
+    epochs: int = option(300, "passes over the images; released: 220, 260 [inferred]", 1, 1e6)
+    batch: int = option(512, "images per step [ours]", 1, 1e6)
+    lr: float = option(5e-4, "peak learning rate, times batch / 256 [iBOT]", 0, 1e3)
+    min_lr: float = option(1e-6, "learning rate at the end [iBOT]", 0, 1e3)
+    warmup: int = option(10, "epochs of linear warm-up from 0 [iBOT]", 0, 1e6)
+    weight_decay: float = option(0.04, "on matrices, at the start [iBOT]", 0, 1e3)
+    weight_decay_end: float = option(0.4, "... and at the end of a cosine [iBOT]", 0, 1e3)
+    momentum: float = option(0.996, "of the teacher, cosine to 1 [iBOT]", 0, 1)
+    prototypes: int = option(8192, "K [iBOT]", 2, 1e7)
+    hidden: int = option(2048, "width of the head's MLP [iBOT]", 1, 1e6)
+    bottleneck: int = option(256, "width of its output [iBOT]", 1, 1e6)
+    shared_head: bool = option(True, "the same prototypes for [CLS] and patches [iBOT]")
+    norm_last_layer: bool = option(False, "prototypes of fixed gain; ViT-B: True [iBOT]")
+    student_temp: float = option(0.1, "temperature of the student [iBOT]", 1e-3, 1e3)
+    teacher_temp: float = option(0.04, "of the teacher at the start [iBOT]", 1e-3, 1e3)
+    teacher_temp_end: float = option(0.07, "... and after temp_warmup [iBOT]", 1e-3, 1e3)
+    temp_warmup: int = option(30, "epochs, linear [iBOT]", 0, 1e6)
+    clip: float = option(3.0, "largest gradient norm of a tensor [iBOT]", 1e-9, 1e9)
+    freeze_last_layer: int = option(1, "epochs in which prototypes stand still [iBOT]", 0, 1e6)
+    drop_path: float = option(0.1, "stochastic depth of the student [iBOT]", 0, 0.99)
+    local_crops: int = option(8, "local views [DINO for ReID; 'n8' may mean it: inferred]", 0, 64)
+    global_scale: tuple[float, float] = option((0.4, 1.0), "share of the area [inferred]", 1e-3, 1)
+    local_scale: tuple[float, float] = option((0.05, 0.8), "share of the area [inferred]", 1e-3, 1)
+    aspect: tuple[float, float] = option((0.375, 0.667), "width / height [inferred]", 0.1, 10)
+    seed: int = option(0, "of everything random", 0, 2 ** 32 - 1)
+    bf16: bool = option(False, "bfloat16 in the networks; on by default on a GPU")
+
+
+def pretrain_recipe_for(dataset: str, arch: str | None = None) -> PersonViTRecipe:
+    """The pre-training recipe of a dataset and a backbone; arch=None takes the usual one."""
+    arch = arch or ("vit_mini" if dataset == "synthetic" else "vit_small")
+    values: dict = {"norm_last_layer": arch == "vit_base"}
+    if dataset == "synthetic":  # a thousand small images on a CPU [ours]
+        values |= dict(size=(128, 64), epochs=20, batch=32, lr=4e-3, warmup=2, weight_decay_end=0.1,
+                       momentum=0.99, prototypes=512, hidden=512, bottleneck=128, temp_warmup=5,
+                       local_crops=4, local_scale=(0.1, 0.6))
+    elif dataset != "luperson":  # thousands of images, one machine [ours]
+        values |= dict(epochs=200, batch=128, local_crops=6, temp_warmup=20)
+    return PersonViTRecipe(arch=arch, **values)
+
+
+def check_recipe(recipe) -> None:
+    """Raise InputError, naming the flag, for a value that a field's `option` does not allow."""
+    for field in dataclasses.fields(recipe):
+        flag, value, rule = "--" + field.name.replace("_", "-"), getattr(recipe, field.name), field.metadata
+        if rule["choices"] and value not in rule["choices"]:
+            names = [str(c) for c in rule["choices"]]
+            raise InputError(f"{flag} {value}: did you mean {closest(str(value), names)}?")
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(v, (int, float)) and not rule["low"] <= v <= rule["high"] for v in numbers):
+            raise InputError(f"{flag} {value}: must lie between {rule['low']:g} and {rule['high']:g}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -173,41 +247,60 @@ def make_optimizer(recipe: Recipe, model: torch.nn.Module) -> torch.optim.Optimi
 # The run folder
 # ---------------------------------------------------------------------------------------------
 
-RUN_FILES = ("recipe.json", "log.jsonl", "checkpoint.pth", "model.pth", "results.json")
+RUN_FILES = ("recipe.json", "log.jsonl", "checkpoint.pth", "model.pth", "backbone.pth", "results.json")
 
 
 class Run:
-    """A folder that holds one run. Opening it compares recipes; nothing is overwritten unasked."""
+    """A folder that holds one run. Opening it only looks; `begin` writes, once all else is in order.
+
+    Raises InputError for a folder that cannot be written, that holds another recipe, or files that
+    are no run's, unless `overwrite` allows to start over.
+    """
 
     def __init__(self, folder: str | Path, recipe: dict, overwrite: bool = False):
-        self.folder = Path(folder)
+        self.folder, self.overwrite = Path(folder), overwrite
+        self.recipe = json.loads(json.dumps(recipe))  # tuples become lists, as when read back
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if overwrite:
-                for name in RUN_FILES:
-                    (self.folder / name).unlink(missing_ok=True)
         except OSError as error:
             raise InputError(f"{folder}: cannot be used for the results ({error.strerror}); "
                              f"choose another folder with --out") from None
-        recipe = json.loads(json.dumps(recipe))  # tuples become lists, as they will when read back
-        if (self.folder / "recipe.json").exists():
-            self.compare(recipe)
-        elif any((self.folder / name).exists() for name in RUN_FILES):
-            raise InputError(f"{folder} holds files of something else; choose another folder with --out, "
-                             f"or --overwrite to delete {', '.join(RUN_FILES)} in it")
-        else:
-            self.write("recipe.json", json.dumps(recipe, indent=1).encode())
+        if not os.access(self.folder, os.W_OK):
+            raise InputError(f"{folder}: is read-only; choose another folder with --out")
+        present = [name for name in RUN_FILES if (self.folder / name).exists()]
+        if "recipe.json" in present and not overwrite:
+            self.compare()
+        elif present and not overwrite:
+            raise InputError(f"{folder} holds {', '.join(present)} of something else; choose another "
+                             f"folder with --out, or --overwrite to delete them")
 
-    def compare(self, recipe: dict) -> None:
+    def compare(self) -> None:
         try:
             old = json.loads((self.folder / "recipe.json").read_text())
-            changed = [f"{k}: {old.get(k)} there, {recipe.get(k)} now"
-                       for k in sorted({*old, *recipe}) if old.get(k) != recipe.get(k)]
-        except (ValueError, AttributeError):
-            changed = ["recipe.json is damaged"]
+            changed = [f"{k}: {old.get(k)} there, {self.recipe.get(k)} now"
+                       for k in sorted({*old, *self.recipe}) if old.get(k) != self.recipe.get(k)]
+        except (ValueError, AttributeError, OSError):
+            changed = ["its recipe.json is damaged"]
         if changed:
-            raise InputError(f"{self.folder} holds a run with another recipe ({'; '.join(changed)}); choose "
-                             f"another folder with --out, or start over in this one with --overwrite")
+            raise InputError(f"{self.folder} holds a run with another recipe ({'; '.join(changed)}); "
+                             f"choose another folder with --out, or start over with --overwrite")
+
+    @contextlib.contextmanager
+    def begin(self):
+        """Hold the folder for this process; delete what `overwrite` allows, write recipe.json."""
+        with open(self.folder / "lock", "w") as handle:
+            if fcntl:  # not on Windows
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:
+                    raise InputError(f"another process is training in {self.folder}; wait for it, or "
+                                     f"choose another folder with --out") from None
+            if self.overwrite:
+                for path in (self.folder / name for name in RUN_FILES):
+                    path.unlink(missing_ok=True)
+                self.overwrite = False
+            self.write("recipe.json", json.dumps(self.recipe, indent=1).encode())
+            yield
 
     def write(self, name: str, content: bytes) -> None:
         write_atomic(self.folder / name, content)
@@ -217,9 +310,22 @@ class Run:
         torch.save(content, buffer)
         self.write(name, buffer.getvalue())
 
-    def load(self, name: str) -> dict | None:
-        path = self.folder / name
-        return read_checkpoint(path) if path.exists() else None
+    def restore(self, parts: dict) -> tuple[int, set[int]]:
+        """Fill parts from the checkpoint, if there is one; (steps done, broken images seen)."""
+        path = self.folder / "checkpoint.pth"
+        if not path.exists():
+            self.cut_log(0)
+            return 0, set()
+        try:
+            state = read_checkpoint(path)
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            self.cut_log(state["log_size"])
+            print(f"going on at step {state['step']:,} from {path}", flush=True)
+            return int(state["step"]), set(state["bad"])
+        except (InputError, KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise InputError(f"{path} is damaged ({str(error)[:150]}); delete it to start from the first "
+                             f"step") from None
 
     def log(self, **values) -> None:
         """One JSON object per line, to the screen and to log.jsonl."""
@@ -256,17 +362,17 @@ def stop_requests():
 
 
 # ---------------------------------------------------------------------------------------------
-# The loop
+# The loop that both kinds of training share
 # ---------------------------------------------------------------------------------------------
 
 
-def batches(images: Images, sampler: PKSampler, first_step: int, epochs: int, workers: int):
+def batches(images: Images, sampler, first_step: int, epochs: int, workers: int):
     """uint8 batches (images, asked, used) from a global step to the end of the last epoch."""
     def indices():
         for epoch in range(first_step // len(sampler), epochs):
             sampler.set_epoch(epoch)
             skip = max(first_step - epoch * len(sampler), 0)
-            yield from list(sampler)[skip:]
+            yield from itertools.islice(sampler, skip, None)
 
     # one loader for all epochs: workers live as long as the run, none starts over at an epoch's end
     return torch.utils.data.DataLoader(images, batch_sampler=indices(), num_workers=workers,
@@ -278,72 +384,61 @@ def keep(batch):
     return batch
 
 
-def fine_tune(recipe: Recipe, dataset, run: Run, weights: str | None = None, device: str = "cpu",
-              workers: int = 2, save_every: int = 500, log_every: int = 20) -> ReIDModel:
-    """Fine-tune and return the model (in evaluation mode), going on from the run's checkpoint.
+@dataclass
+class Machine:
+    """Where and how a run computes; nothing here changes its result on one kind of device."""
 
-    Raises InputError for too few identities, too many broken images, a loss that is not finite.
+    device: str = "cpu"
+    workers: int = 2
+    save_every: int = 500     # steps between checkpoints
+    log_every: int = 20       # steps between log lines
+
+
+def loop(run: Run, images: Images, sampler, recipe, parts: dict, take_step, machine: Machine,
+         after_epoch=None, collapsed=None) -> None:
+    """Run take_step over all batches of all epochs, logging, saving, going on from a checkpoint.
+
+    take_step(step, x, used) -> scalars to log, "loss" among them, where x is the uint8 batch and
+    used the indices of its images. parts: whatever has a state_dict and belongs into the
+    checkpoint. after_epoch(epoch), 1-based. collapsed(values) -> bool looks at each log line. Raises InputError for a loss that is not finite, which
+    take_step finds out by `check_finite`, and for too many broken images.
     """
-    torch.manual_seed(recipe.seed)
-    labels = torch.tensor([r.pid for r in dataset.train])
-    sampler = PKSampler(labels, recipe.ids, recipe.images, recipe.seed)
-    backbone = build_backbone(recipe.arch, recipe.size, recipe.drop_path, recipe.last_stride)
-    model = ReIDModel(backbone, int(labels.max()) + 1, recipe.neck_feat)
-    print(load_weights(weights, backbone) if weights else
-          "WARNING: random weights (no --weights): the published recipes assume pre-trained ones")
-    model.to(device, memory_format=torch.channels_last).train()
-    optimizer = make_optimizer(recipe, model)
-    transform = FineTuneTransform(*recipe.statistics, noise=recipe.erase == "noise",
-                                  erase_area=1 / 3 if recipe.erase == "noise" else 0.4)
-    images, bad, first = Images(dataset.train, recipe.size), set(), 0
-    if state := run.load("checkpoint.pth"):
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first, bad = state["step"], set(state["bad"])
-        run.cut_log(state["log_size"])
-        print(f"going on at step {first:,} from {run.folder / 'checkpoint.pth'}", flush=True)
     last, meter = recipe.epochs * len(sampler), Meter()
-
-    def checkpoint(step: int) -> None:
-        run.save("checkpoint.pth", {"format": "reid-checkpoint", "step": step, "bad": sorted(bad),
-                                    "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                                    "log_size": run.log_size()})
-
-    with stop_requests() as stop:
-        for step, (x, asked, used) in enumerate(
-                meter.waiting(batches(images, sampler, first, recipe.epochs, workers)), first):
-            epoch = step // len(sampler)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(recipe, epoch, group["scale"])
+    with run.begin(), stop_requests() as stop:
+        first, bad = run.restore(parts)
+        loader = batches(images, sampler, first, recipe.epochs, machine.workers)
+        for step, (x, asked, used) in enumerate(meter.waiting(loader), first):
             bad.update(asked[asked != used].tolist())
-            check_broken(bad, dataset.train)
-            y = labels[used].to(device)                                         # (B,)
-            x = transform(x.to(device, non_blocking=True), recipe.seed, step)   # (B, 3, H, W) float
-            torch.manual_seed(step_generator(recipe.seed, step).initial_seed())  # stochastic depth
-            with torch.autocast(device, torch.bfloat16, enabled=recipe.bf16):
-                scores, feature = model(x)                                      # (B, ids), (B, D)
-            id_loss = F.cross_entropy(scores.float(), y, label_smoothing=recipe.smoothing)
-            triplet = triplet_loss(feature, y, recipe.margin)
-            loss = id_loss + triplet
-            if not loss.isfinite():
-                raise InputError(f"the loss is {loss.item()} at step {step}; the weights before it are in "
-                                 f"{run.folder}; lower --lr or switch --bf16 off")
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            hits = (scores.argmax(1) == y).float().mean()
-            meter.add(len(y), loss=loss, id=id_loss, triplet=triplet, accuracy=hits)
+            check_broken(bad, images.records)
+            x = x.to(machine.device, non_blocking=True)
+            # stochastic depth draws from the global generator; a key of its own, as equal keys
+            # would tie it to the augmentation's draws
+            torch.manual_seed(step_generator(recipe.seed, step, 3).initial_seed())
+            meter.add(len(x), **take_step(step, x, used))
             done = step + 1
-            if done % log_every == 0 or done == last:
-                run.log(epoch=epoch + 1, step=done, steps=last, **meter.read(last - done),
-                        lr=learning_rate(recipe, epoch),
-                        broken_images=len(bad))
-            if done % save_every == 0 or done == last or stop:
-                checkpoint(done)
-            if stop and done < last:
-                sys.exit(f"stopped after step {done:,} of {last:,}; {run.folder / 'checkpoint.pth'} holds "
-                         f"it, the same command goes on from there")
-    return model.eval()
+            if done % machine.log_every == 0 or done == last:
+                values = meter.read(last - done)
+                flag = {"warning": "COLLAPSE?"} if collapsed and collapsed(values) else {}
+                run.log(epoch=step // len(sampler) + 1, step=done, steps=last, **values,
+                        broken_images=len(bad), **flag)
+            if after_epoch and done % len(sampler) == 0:
+                after_epoch(done // len(sampler))
+            if done % machine.save_every == 0 or done == last or stop:
+                run.save("checkpoint.pth", {
+                    "format": "reid-checkpoint", "step": done, "bad": sorted(bad),
+                    "log_size": run.log_size(), **{n: part.state_dict() for n, part in parts.items()}})
+            if stop:
+                sys.exit(f"stopped after step {done:,} of {last:,}; {run.folder / 'checkpoint.pth'} "
+                         f"holds it, the same command goes on from there")
+
+
+def check_finite(loss: Tensor, step: int, run: Run) -> None:
+    """Called between forward and backward: a bad step stops before the weights are touched."""
+    if not loss.isfinite():
+        saved = run.folder / "checkpoint.pth"
+        last = f"the last good weights are in {saved}" if saved.exists() else "nothing was saved yet"
+        raise InputError(f"the loss is {loss.item()} at step {step}; {last}; a lower --lr or --no-bf16 may "
+                         f"help, with --overwrite or another --out")
 
 
 def check_broken(bad: set[int], records) -> None:
@@ -357,6 +452,9 @@ class Meter:
     """Means of the losses between two log lines, images per second, and the share of time waiting."""
 
     def __init__(self):
+        self.reset()
+
+    def reset(self) -> None:
         self.sums, self.steps, self.images, self.waited = {}, 0, 0, 0.0
         self.since = time.perf_counter()
 
@@ -371,9 +469,10 @@ class Meter:
                 return
             yield batch
 
-    def add(self, images: int, **losses: Tensor) -> None:
-        for name, value in losses.items():  # summed on the device: reading would wait for the GPU
-            self.sums[name] = self.sums.get(name, 0) + value.detach()
+    def add(self, images: int, **values: Tensor | float) -> None:
+        for name, value in values.items():  # summed on the device: reading would wait for the GPU
+            value = value.detach() if isinstance(value, Tensor) else value
+            self.sums[name] = self.sums.get(name, 0) + value
         self.steps, self.images = self.steps + 1, self.images + images
 
     def read(self, steps_left: int) -> dict[str, float | str]:
@@ -382,30 +481,76 @@ class Meter:
         left = seconds / self.steps * steps_left
         values |= {"img_s": round(self.images / seconds, 1), "wait": round(self.waited / seconds, 3),
                    "left": f"{int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d}"}
-        self.__init__()
+        self.reset()
         return values
 
 
-def fine_tune_and_evaluate(recipe: Recipe, dataset, out, overwrite=False, weights=None, device="cpu",
-                           workers=2, save_every=500):
+# ---------------------------------------------------------------------------------------------
+# Fine-tuning
+# ---------------------------------------------------------------------------------------------
+
+
+def fine_tune(recipe: Recipe, dataset, run: Run, weights: str | None, machine: Machine) -> ReIDModel:
+    """Fine-tune on dataset.train, going on from the run's checkpoint; the model, ready to evaluate.
+
+    Raises InputError for too few identities, weights that do not fit, and as `loop` does.
+    """
+    torch.manual_seed(recipe.seed)
+    labels = torch.tensor([r.pid for r in dataset.train])
+    sampler = PKSampler(labels, recipe.ids, recipe.images, recipe.seed)
+    backbone = build_backbone(recipe.arch, recipe.size, recipe.drop_path, recipe.last_stride)
+    model = ReIDModel(backbone, int(labels.max()) + 1, recipe.neck_feat)
+    print(load_weights(weights, backbone) if weights else
+          "WARNING: random weights (no --weights): the published recipes assume pre-trained ones")
+    model.to(machine.device, memory_format=torch.channels_last).train()
+    optimizer = make_optimizer(recipe, model)
+    transform = FineTuneTransform(*recipe.statistics, noise=recipe.erase == "noise",
+                                  erase_area=1 / 3 if recipe.erase == "noise" else 0.4)
+
+    def take_step(step: int, x: Tensor, used: Tensor) -> dict[str, Tensor | float]:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(recipe, step // len(sampler), group["scale"])
+        y = labels[used].to(x.device)                                       # (B,)
+        x = transform(x, recipe.seed, step)                                 # (B, 3, H, W) float
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.bf16):
+            scores, feature = model(x)                                      # (B, ids), (B, D)
+        id_loss = F.cross_entropy(scores.float(), y, label_smoothing=recipe.smoothing)
+        triplet = triplet_loss(feature, y, recipe.margin)
+        loss = id_loss + triplet
+        check_finite(loss, step, run)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return {"loss": loss, "id": id_loss, "triplet": triplet, "lr": optimizer.param_groups[0]["lr"],
+                "accuracy": (scores.argmax(1) == y).float().mean()}
+
+    loop(run, Images(dataset.train, recipe.size), sampler, recipe,
+         {"model": model, "optimizer": optimizer}, take_step, machine)
+    return model.eval()
+
+
+def fine_tune_and_evaluate(recipe: Recipe, dataset, out, overwrite: bool = False,
+                           weights: str | None = None, machine: Machine = Machine()):
     """One whole run: train, save model.pth, evaluate, save results.json; returns evaluate's triple."""
-    described = dataclasses.asdict(recipe) | {"dataset": dataset.name, "weights": weights}
-    run = Run(out, described, overwrite)
-    start = time.perf_counter()
-    print(f"run {run.folder}: " + " ".join(f"{k}={v}" for k, v in described.items()))
-    print(f"  at random weights: id loss ln({len({r.pid for r in dataset.train})}) = "
-          f"{math.log(max(len({r.pid for r in dataset.train}), 1)):.2f}, triplet near "
-          f"{'ln 2 = 0.69' if recipe.margin is None else recipe.margin}; "
-          f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads", flush=True)
-    model = fine_tune(recipe, dataset, run, weights, device, workers, save_every)
+    nameless = [r.path for r in dataset.train[:1_000_000] if r.pid < 0]
+    if nameless:
+        raise InputError(f"{dataset.name} has training images without identity, first {nameless[0]}; "
+                         f"fine-tuning needs names like 0002_c1; unlabelled crops serve --pretrain")
+    if weights and overwrite and Path(weights).resolve().parent == Path(out).resolve():
+        raise InputError(f"--overwrite would delete {weights}; choose another folder with --out")
+    run, start = open_run(out, recipe, dataset, overwrite, machine, weights=weights), time.perf_counter()
+    print(f"  id loss of a network that knows nothing: ln({len({r.pid for r in dataset.train})}) = "
+          f"{math.log(len({r.pid for r in dataset.train}) or 1):.2f}", flush=True)
+    model = fine_tune(recipe, dataset, run, weights, machine)
     mean, std = recipe.statistics
     stored = dataclasses.asdict(recipe) | {"mean": list(mean), "std": list(std), "dataset": dataset.name}
     run.save("model.pth", {"format": "reid-model", "recipe": stored,
                            "num_ids": model.classifier.out_features, "model": model.state_dict()})
     if not dataset.query:
-        print(f"saved {run.folder / 'model.pth'}; {dataset.name} has no queries, so nothing is evaluated")
+        print(f"saved {run.folder / 'model.pth'}; {dataset.name} has no queries: nothing to evaluate")
         return None
-    result, q, g = evaluate(model, dataset, stored, workers=workers, device=device, bf16=recipe.bf16)
+    result, q, g = evaluate(model, dataset, stored, workers=machine.workers, device=machine.device,
+                            bf16=recipe.bf16)
     numbers = {"mAP": result.mAP, "mAP_market": result.mAPs["market"],
                **{f"rank{k}": float(result.cmc[k - 1]) for k in (1, 5, 10)},
                "valid": result.valid, "queries": result.total,
@@ -415,33 +560,143 @@ def fine_tune_and_evaluate(recipe: Recipe, dataset, out, overwrite=False, weight
     return result, q, g
 
 
+def open_run(out, recipe, dataset, overwrite: bool, machine: Machine, **more) -> Run:
+    """The run folder for a recipe and the data it is about to see; prints both."""
+    check_recipe(recipe)
+    described = dataclasses.asdict(recipe) | {"dataset": dataset.name, **more,
+                                              "data": dataset.fingerprint()}
+    run = Run(out, described, overwrite)
+    print(f"run {run.folder}: " + " ".join(f"{k}={v}" for k, v in described.items()))
+    print(f"  torch {torch.__version__}, {machine.device}, {torch.get_num_threads()} threads", flush=True)
+    return run
+
+
+# ---------------------------------------------------------------------------------------------
+# Pre-training
+# ---------------------------------------------------------------------------------------------
+
+
+def pretrain_schedule(recipe: PersonViTRecipe, step: int, epoch_steps: int) -> dict[str, float]:
+    """lr, weight_decay, momentum and teacher_temp of a 0-based step [iBOT: per step, not per epoch]."""
+    steps, warmup = recipe.epochs * epoch_steps, recipe.warmup * epoch_steps
+    peak = recipe.lr * recipe.batch / 256
+    if step < warmup:  # iBOT's ramp reaches the peak on its last step
+        lr = peak * step / max(warmup - 1, 1)
+    else:
+        lr = cosine((step - warmup) / max(steps - warmup, 1), peak, recipe.min_lr)
+    warm = min((step // epoch_steps) / max(recipe.temp_warmup - 1, 1), 1)
+    return {"lr": lr, "weight_decay": cosine(step / steps, recipe.weight_decay, recipe.weight_decay_end),
+            "momentum": cosine(step / steps, recipe.momentum, 1.0),
+            "teacher_temp": recipe.teacher_temp + warm * (recipe.teacher_temp_end - recipe.teacher_temp)}
+
+
+def matrix_groups(model: torch.nn.Module) -> list[dict]:
+    """Two groups for AdamW: decay acts on matrices, not on biases, gains and norms [iBOT]."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [{"params": [p for p in trained if p.ndim > 1], "decay": 1.0},
+            {"params": [p for p in trained if p.ndim <= 1], "decay": 0.0, "weight_decay": 0.0}]
+
+
+def clip_each(parameters, limit: float) -> Tensor:
+    """Scale the gradient of each tensor to a norm of at most `limit`; their global norm before.
+
+    Per tensor, as iBOT does: one exploding layer does not silence all others.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norms = torch.stack(torch._foreach_norm(grads))
+    torch._foreach_mul_(grads, (limit / (norms + 1e-6)).clamp(max=1).unbind())
+    return norms.norm()
+
+
+def pretrain(recipe: PersonViTRecipe, dataset, run: Run, machine: Machine, keep_every: int = 0,
+             monitor=None, monitor_every: int = 10) -> PersonViT:
+    """Pre-train on dataset.train without labels, going on from the run's checkpoint.
+
+    keep_every: epochs between backbones kept apart. monitor: a labelled dataset whose mAP by plain
+    features is logged every `monitor_every` epochs. Raises InputError as `loop` does.
+    """
+    torch.manual_seed(recipe.seed)
+    sampler = ShuffleSampler(len(dataset.train), recipe.batch, recipe.seed)
+    backbone = build_backbone(recipe.arch, recipe.size, recipe.drop_path)
+    model = PersonViT(backbone, recipe.prototypes, recipe.hidden, recipe.bottleneck, recipe.shared_head,
+                      recipe.norm_last_layer).to(machine.device).train()
+    optimizer = torch.optim.AdamW(matrix_groups(model), fused=True)
+    multi_crop = MultiCrop(recipe.size, recipe.local_crops, recipe.global_scale, recipe.local_scale,
+                           recipe.aspect)
+
+    def take_step(step: int, x: Tensor, used: Tensor) -> dict[str, Tensor | float]:
+        now = pretrain_schedule(recipe, step, len(sampler))
+        for group in optimizer.param_groups:
+            group["lr"], group["weight_decay"] = now["lr"], now["weight_decay"] * group["decay"]
+        views = multi_crop(x, recipe.seed, step)
+        masks = [draw_masks(2, *backbone.grid, step_generator(recipe.seed, step, 2, i))
+                 for i in range(len(x))]
+        views["masks"] = torch.stack(masks, dim=1)                              # (2, B, rows, columns)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.bf16):
+            losses = model(views, now["teacher_temp"], now["teacher_temp"], recipe.student_temp)
+        check_finite(losses["total"], step, run)
+        optimizer.zero_grad()
+        losses["total"].backward()
+        norm = clip_each(model.parameters(), recipe.clip)
+        if step // len(sampler) < recipe.freeze_last_layer:
+            for name, p in model.named_parameters():
+                if "last_layer" in name:
+                    p.grad = None
+        optimizer.step()
+        model.update_teacher(now["momentum"])
+        return {"loss": losses.pop("total"), **losses, "grad_norm": norm, **now}
+
+    def after_epoch(epoch: int) -> None:
+        if keep_every and epoch % keep_every == 0:
+            save_backbone(run, f"backbone_e{epoch:04d}.pth", recipe, model, epoch)
+        if monitor and epoch % monitor_every == 0:
+            result, _, _ = evaluate(model.backbone_for_export(), monitor, backbone_io(recipe),
+                                    workers=machine.workers, device=machine.device)
+            run.log(epoch=epoch, monitor=monitor.name, mAP=result.mAP, rank1=float(result.cmc[0]))
+
+    loop(run, Images(dataset.train, recipe.size), sampler, recipe,
+         {"model": model, "optimizer": optimizer}, take_step, machine, after_epoch, model.collapsed)
+    save_backbone(run, "backbone.pth", recipe, model, recipe.epochs)
+    return model
+
+
+def backbone_io(recipe: PersonViTRecipe) -> dict:
+    """How images enter a pre-trained backbone."""
+    return {"size": recipe.size, "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
+
+
+def save_backbone(run: Run, name: str, recipe: PersonViTRecipe, model, epoch: int) -> None:
+    run.save(name, {"format": "reid-backbone", "recipe": dataclasses.asdict(recipe), "epoch": epoch,
+                    **backbone_io(recipe), "backbone": model.backbone_for_export().state_dict()})
+
+
 # ---------------------------------------------------------------------------------------------
 # The demo
 # ---------------------------------------------------------------------------------------------
 
 
-def demo(data_root: str, out: Path, device: str, overwrite: bool) -> None:
+def demo(data_root: str, out: Path, overwrite: bool, machine: Machine) -> None:
     """Synthetic people, from nothing to a table and a picture, on a laptop's CPU."""
     start = time.perf_counter()
     dataset = load_dataset("synthetic", data_root)
     recipe = recipe_for("synthetic")
-    run_args = dict(device=device, workers=0)  # small images, kept in memory: workers would not pay
     ids = {s: ([r.pid for r in getattr(dataset, s)], [r.camid for r in getattr(dataset, s)])
            for s in ("query", "gallery")}
     colours = rank_features(colour_histograms(dataset.query), *ids["query"],
                             colour_histograms(dataset.gallery), *ids["gallery"])
     torch.manual_seed(recipe.seed)
-    untrained = ReIDModel(build_backbone(recipe.arch, recipe.size), 1, "before")
+    untrained = build_backbone(recipe.arch, recipe.size)  # a fresh neck would change no ranking
     mean, std = recipe.statistics
     plain, _, _ = evaluate(untrained, dataset, {"size": recipe.size, "mean": mean, "std": std},
-                           workers=0, device="cpu")
-    trained, q, g = fine_tune_and_evaluate(recipe, dataset, out / recipe.arch, overwrite, **run_args)
+                           workers=machine.workers)
+    trained, q, g = fine_tune_and_evaluate(recipe, dataset, out / recipe.arch, overwrite,
+                                           machine=machine)
     draw_ranks(out / "ranks.png", dataset, q, g)
-    print(f"\nsynthetic people, {trained.valid}/{trained.total} queries   mAP    rank-1  rank-5  rank-10")
+    print(f"\nsynthetic people, {trained.valid}/{trained.total} queries      mAP   rank-1   rank-5  rank-10")
     for name, result in (("colour histogram", colours), (f"{recipe.arch}, untrained", plain),
                          (f"{recipe.arch}, {recipe.epochs} epochs", trained)):
-        cmc = "  ".join(f"{result.cmc[k - 1]:6.1%}" for k in (1, 5, 10))
-        print(f"  {name:<36} {result.mAP:6.1%}  {cmc}")
+        cmc = "  ".join(f"{result.cmc[k - 1]:7.1%}" for k in (1, 5, 10))
+        print(f"  {name:<32} {result.mAP:7.1%}  {cmc}")
     print(f"rank list in {out / 'ranks.png'}; {(time.perf_counter() - start) / 60:.1f} minutes in all")
 
 
@@ -450,71 +705,79 @@ def demo(data_root: str, out: Path, device: str, overwrite: bool) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    height, _, width = text.partition("x")
-    if not (height.isdigit() and width.isdigit() and int(height) and int(width)):
-        raise argparse.ArgumentTypeError(f"{text!r}: write height x width, e.g. 256x128")
-    return int(height), int(width)
+def pair(kind):
+    """A parser of two numbers, written 256x128."""
+    def parse(text: str):
+        try:
+            first, second = map(kind, text.split("x"))
+            return first, second
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r}: write two numbers like 256x128") from None
+    return parse
 
 
-def parse_margin(text: str) -> float | None:
-    return None if text == "none" else float(text)
+def number_or_none(text: str) -> float | None:
+    try:
+        return None if text.lower() == "none" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor 'none'") from None
 
 
-def make_parser() -> argparse.ArgumentParser:
+PARSERS = {tuple[int, int]: pair(int), tuple[float, float]: pair(float), float | None: number_or_none}
+
+
+def make_parser(recipe_class=Recipe) -> argparse.ArgumentParser:
+    """All flags: those of every run, and a flag for each field of the recipe."""
     parser = argparse.ArgumentParser(
-        description="Fine-tune a backbone for ReID on one dataset, evaluate, save.",
+        description="Train on one dataset. Without --pretrain: fine-tune for ReID, evaluate, save.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--dataset", default="synthetic", metavar="NAME",
-                        help=f"{', '.join(NAMES)} or the path of any folder")
-    parser.add_argument("--data-root", default="data", help="folder that holds the datasets")
-    parser.add_argument("--train-only", action="store_true", help="MSMT17 without its val list")
-    parser.add_argument("--weights", metavar="FILE", help="pre-trained backbone; default: random weights")
-    parser.add_argument("--out", metavar="DIR", help="run folder; default: runs/<dataset>_<arch>")
-    parser.add_argument("--overwrite", action="store_true", help="start over in a used run folder")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 8),
-                        help="processes that decode images; 0 = none")
-    parser.add_argument("--save-every", type=int, default=500, metavar="STEPS", help="checkpoint interval")
-    parser.add_argument("--demo", action="store_true", help="the whole pipeline on synthetic people")
-    group = parser.add_argument_group("recipe", "defaults depend on dataset and arch; a run prints them all")
-    types = {"size": parse_size, "margin": parse_margin}
-    for field in dataclasses.fields(Recipe):
-        if field.name == "bf16":
-            group.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
-                               help="bfloat16 in the backbone; on by default on a GPU")
-            continue
-        kind = types.get(field.name, type(field.default))
-        group.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS,
-                           help=", ".join(map(str, CHOICES.get(field.name, (kind.__name__.replace("parse_", ""),)))))
+    add = parser.add_argument
+    add("--dataset", default="synthetic", metavar="NAME",
+        help=f"{', '.join(NAMES)} or the path of any folder")
+    add("--data-root", default="data", help="folder that holds the datasets")
+    add("--train-only", action="store_true", help="MSMT17 without its val list")
+    add("--weights", metavar="FILE", help="pre-trained backbone; without it weights are random",
+        default=argparse.SUPPRESS)
+    add("--out", metavar="DIR", help="run folder; usually runs/<dataset>_<arch>",
+        default=argparse.SUPPRESS)
+    add("--overwrite", action="store_true", help="start over in a used run folder")
+    add("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu or cuda")
+    add("--workers", type=int, default=min(os.cpu_count() or 1, 8), help="decoding processes; 0 = none")
+    add("--save-every", type=int, default=500, metavar="STEPS", help="checkpoint interval")
+    add("--demo", action="store_true", help="the whole pipeline on synthetic people")
+    group = parser.add_argument_group("recipe", "defaults depend on dataset and arch; a run prints them")
+    for name, kind in typing.get_type_hints(recipe_class).items():
+        rule = recipe_class.__dataclass_fields__[name].metadata
+        choices = f" ({', '.join(map(str, rule['choices']))})" if rule["choices"] else ""
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {
+            "type": PARSERS.get(kind, kind), "metavar": name.upper()}
+        group.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS,
+                           help=rule["help"] + choices, **how)
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
-    args = vars(parser.parse_args(argv))
-    given = {f.name: args.pop(f.name) for f in dataclasses.fields(Recipe) if f.name in args}
-    args = argparse.Namespace(**args)
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError("no GPU is usable here: run with --device cpu")
+    args = parser.parse_args(argv)
+    given = {k: v for k, v in vars(args).items() if k in Recipe.__dataclass_fields__}
+    if args.workers < 0 or args.save_every < 1:
+        parser.error("--workers is at least 0, --save-every at least 1")
+    machine = Machine(args.device, args.workers, args.save_every)
     if args.demo:
-        demo(args.data_root, Path(args.out or "runs/demo"), args.device, args.overwrite)
+        if given or args.dataset != "synthetic" or "weights" in args:
+            parser.error("--demo has its own recipe; leave it out to choose one")
+        # small images, kept in memory after the first epoch: worker processes would not pay
+        machine.workers = 0
+        demo(args.data_root, Path(getattr(args, "out", "runs/demo")), args.overwrite, machine)
         return
     recipe = recipe_for(args.dataset, given.pop("arch", None))
     recipe = dataclasses.replace(recipe, **({"bf16": args.device != "cpu"} | given))
-    for name, allowed in CHOICES.items():
-        if (value := getattr(recipe, name)) not in allowed:
-            raise InputError(f"--{name.replace('_', '-')} {value}: choose from {', '.join(map(str, allowed))}")
+    check_recipe(recipe)
     dataset = load_dataset(args.dataset, args.data_root, args.train_only)
-    out = args.out or f"runs/{Path(args.dataset).name}_{recipe.arch}"
-    fine_tune_and_evaluate(recipe, dataset, out, args.overwrite, args.weights, args.device, args.workers,
-                           args.save_every)
+    out = getattr(args, "out", f"runs/{Path(args.dataset).name}_{recipe.arch}")
+    fine_tune_and_evaluate(recipe, dataset, out, args.overwrite, getattr(args, "weights", None), machine)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted before the first checkpoint of this start; earlier ones are kept")
+    command_line(main)

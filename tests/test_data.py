@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +13,9 @@ import torch
 from conftest import ROOT, market_tree, write_image
 from PIL import Image
 
-import data
-from data import (FineTuneTransform, Images, InputError, PathList, PKSampler, Record, load_dataset,
-                  normalize, read_image, step_generator)
+from data import (Draws, FineTuneTransform, Images, InputError, PathList, PKSampler, Record, load_dataset,
+                  normalize, read_image)
+from synthetic import make_synthetic
 
 # ---- datasets --------------------------------------------------------------------------------
 
@@ -82,8 +83,8 @@ def test_msmt17(tmp_path, capsys, folder, dirs, version):
     assert len(load_dataset("msmt17", tmp_path, train_only=True).train) == 6
     assert "train only" in capsys.readouterr().out
     listing = tmp_path / folder / "list_query.txt"
-    for text, words in (("../secret.jpg 1\n", "leaves the data folder"), ("a b c\n", "path identity"),
-                        ("0000/gone_1_2_3.jpg 4\n", "missing"), ("a.jpg one\n", "path identity")):
+    for text, words in (("0000/../../0001_1_02_3.jpg 1\n", "leaves the data folder"), ("a b c\n", "line 1: .a b c. does not read"), ("", "empty"), ("a_1_00_3.jpg 4\n", "third field"),
+                        ("0000/0009_1_02_3.jpg 4\n", "missing"), ("a.jpg one\n", "line 1")):
         listing.write_text(text)
         with pytest.raises(InputError, match=words):
             load_dataset("msmt17", tmp_path)
@@ -99,7 +100,12 @@ def test_folder_with_and_without_cameras(tmp_path, capsys):
     dataset = load_dataset("folder", tmp_path / "b")
     assert by_path.train == dataset.train and not dataset.has_cameras
     assert sorted(r.pid for r in dataset.train) == [0, 0, 1, 1] and len({r.camid for r in dataset.query}) == 4
-    assert dataset.query == dataset.gallery and "only the image itself" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert dataset.query == dataset.gallery and "only the image itself" in out
+    assert "the same images train and test" in out
+    for split in ("train", "query", "gallery"):
+        write_image(tmp_path / "c" / split / "0001_c1.jpg")
+    assert [len(s) for s in vars(load_dataset("folder", tmp_path / "c")).values() if isinstance(s, list)] == [1, 1, 1]
     write_image(tmp_path / "b" / "nobody.jpg")               # crops without names still serve pre-training
     dataset = load_dataset("folder", tmp_path / "b")
     assert len(dataset.train) == 5 and len(dataset.query) == 4
@@ -124,7 +130,15 @@ def test_luperson_tree_and_list(tmp_path, capsys):
         (tmp_path / "some.txt").write_text(text)
         listed = load_dataset(str(tmp_path / "some.txt")).train
         assert len(listed) == 2 and listed[0].path == first.train[1].path
-    for text, words in (("", "empty"), ("a.jpg\n/etc/passwd\n", "leaves"), ("a/../../b.jpg\n", "leaves")):
+    (tmp_path / "some.txt").write_text("\n\na.jpg\n\n b.jpg\n\n")
+    listed = load_dataset(str(tmp_path / "some.txt")).train
+    assert [os.path.basename(r.path) for r in listed[:9]] == ["a.jpg", " b.jpg"]  # blank lines are none
+    (tmp_path / "some.txt").write_text(" /etc/passwd\n")     # a relative path that begins with a blank
+    assert load_dataset(str(tmp_path / "some.txt")).train[0].path.startswith(str(tmp_path))
+    with pytest.raises(InputError, match="neither a folder of crops nor a .txt"):
+        load_dataset(first.train[0].path)
+    for text, words in (("", "empty"), ("a.jpg\n/etc/passwd\n", "leaves"), ("a/../../b.jpg\n", "leaves"),
+                        ("a\0b", "not a text file")):
         (tmp_path / "some.txt").write_text(text)
         with pytest.raises(InputError, match=words):
             load_dataset(str(tmp_path / "some.txt"))
@@ -163,6 +177,53 @@ def test_command_line(tmp_path):
     assert run().returncode == 2
 
 
+def test_links_and_folders_that_cannot_be_listed(tmp_path, monkeypatch):
+    write_image(tmp_path / "elsewhere" / "0001_c1.jpg")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "round").symlink_to(tmp_path / "set")
+    assert len(load_dataset("folder", tmp_path / "set").train) == 1
+    real = os.scandir
+
+    def closed(path):
+        if str(path).endswith("elsewhere"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(InputError, match="elsewhere: cannot be listed .Permission denied."):
+        load_dataset("folder", tmp_path)
+
+
+# ---- synthetic people ------------------------------------------------------------------------
+
+
+def test_synthetic_people_are_a_function_of_the_seed(tmp_path):
+    """Byte-equal whatever the number of processes; a real Market tree; never into a used folder."""
+    sets = [make_synthetic(tmp_path / name, train_ids=3, test_ids=3, seed=seed, workers=workers)
+            for name, seed, workers in (("a", 0, 0), ("b", 0, 2), ("c", 1, 0))]
+    contents = [{p.relative_to(root): p.read_bytes() for p in sorted(root.rglob("*.jpg"))} for root in sets]
+    assert contents[0] == contents[1] and contents[0] != contents[2]
+    dataset = load_dataset("synthetic", tmp_path / "a")
+    assert len({r.pid for r in dataset.train}) == 3 and len({r.camid for r in dataset.train}) > 2
+    for q in dataset.query:                                      # somebody else's camera saw them too
+        assert any(g.pid == q.pid and g.camid != q.camid for g in dataset.gallery)
+    assert Image.open(dataset.train[0].path).size == (64, 128)
+    with pytest.raises(FileExistsError, match="already holds files"):
+        make_synthetic(tmp_path / "a")
+    (tmp_path / "d.partial").mkdir()
+    make_synthetic(tmp_path / "d", train_ids=1, test_ids=1, workers=0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c", "d", "d.partial"]
+
+
+def test_colour_alone_does_not_find_synthetic_people(tmp_path):
+    from evaluate import colour_histograms, rank_features
+    dataset = load_dataset("synthetic", make_synthetic(tmp_path / "a", train_ids=1, test_ids=40))
+    args = [x for part in (dataset.query, dataset.gallery)
+            for x in (colour_histograms(part), [r.pid for r in part], [r.camid for r in part])]
+    assert rank_features(*args).cmc[0] < 0.5
+
+
 # ---- images ----------------------------------------------------------------------------------
 
 BICUBIC = Image.Resampling.BICUBIC
@@ -176,6 +237,28 @@ def test_any_image_mode_becomes_rgb(tmp_path, mode, suffix):
      ).save(path)
     image = read_image(path, (16, 8), BICUBIC)
     assert image.shape == (3, 16, 8) and image.dtype == torch.uint8
+
+
+def test_sixteen_bits_keep_their_brightness(tmp_path):
+    Image.fromarray(np.full((9, 5), 32768, np.uint16)).save(tmp_path / "a.png")
+    assert read_image(str(tmp_path / "a.png"), (4, 4), BICUBIC).float().mean() == pytest.approx(128, abs=1)
+
+
+def test_hostile_images_get_one_line_and_start_nothing(tmp_path, monkeypatch):
+    (tmp_path / "gs").write_text("#!/bin/sh\ntouch started\n")    # Pillow would call this for PostScript
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n"
+    huge = b"P6 60000 60000 255\n"
+    bomb = Image.new("1", (20000, 20000))
+    bomb.save("bomb.png")
+    for content in (eps, huge, Path("bomb.png").read_bytes(), b"", b"text", b"\xff\xd8\xff\xe0" + bytes(99)):
+        Path("x.jpg").write_bytes(content)
+        with pytest.raises(InputError, match="x.jpg: cannot be read as an image") as caught:
+            read_image("x.jpg", (8, 4), BICUBIC)
+        assert "\n" not in str(caught.value) and "BytesIO" not in str(caught.value)
+    assert not Path("started").exists()
 
 
 def test_resize_is_height_by_width(tmp_path):
@@ -295,7 +378,7 @@ def test_normalize_equals_torchvision():
 def test_random_erasing_distribution():
     H, W, n = 64, 32, 6000
     transform = FineTuneTransform((0.5,) * 3, (0.5,) * 3)
-    mask = transform.erase_mask(n, H, W, step_generator(3))[:, 0]
+    mask = transform.erase_mask(Draws(n, 0, 3), H, W)[:, 0]
     erased = mask.flatten(1).any(1)
     assert abs(erased.float().mean() - 0.5) < 0.02
     rows, columns = mask.any(2).sum(1)[erased], mask.any(1).sum(1)[erased]

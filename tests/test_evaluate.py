@@ -151,8 +151,46 @@ def test_no_valid_query_is_explained():
     assert "of 5 queries, 2 have an id that is not in the gallery, 3 have it only" in text and "--cams none" in text
 
 
+@pytest.mark.parametrize("dist, args", [
+    (np.zeros((1, 0)), ([1], [], [0], [])), (np.zeros((0, 2)), ([], [1, 2], [], [0, 0])),
+    (np.ones(3), ([1], [1], [0], [0])), (np.ones((2, 2)), ([1, 2], [1, 2], [0], [1, 1])),
+    ([[math.inf, 1.0]], ([1], [1, 2], [0], [1, 1]))])
+def test_odd_inputs_get_one_line(dist, args):
+    with pytest.raises(InputError) as caught:
+        cmc_map(dist, *args)
+    assert "\n" not in str(caught.value)
+
+
+def test_features_must_be_unit_vectors_with_labels():
+    f = torch.eye(3)
+    for change, words in (({"g_feats": 2 * f}, "gallery features are not of length 1"),
+                          ({"q_feats": 1e-4 * f}, "query features are not of length 1"),
+                          ({"g_feats": torch.eye(4)}, "gallery features of shape"),
+                          ({"q_camids": [0]}, "query has 3 images and 3 ids, 1 cameras"),
+                          ({"g_images": [1]}, "1 image numbers")):
+        args = dict(q_feats=f, q_pids=[1, 2, 3], q_camids=[0] * 3, g_feats=f, g_pids=[1, 2, 3], g_camids=[1] * 3)
+        with pytest.raises(InputError, match=words):
+            rank_features(**(args | change))
+
+
+def test_integer_distances_keep_their_order():
+    result = cmc_map(np.array([[2 ** 24 + 1, 2 ** 24]]), [1], [2, 1], [0], [1, 1])
+    assert result.cmc[0] == 1
+
+
+def test_picture_and_metric_agree_on_ties():
+    """A hit closer than TIE to a wrong answer stands behind it, in both."""
+    angle = torch.acos(torch.tensor([0.5000006, 0.5000004], dtype=torch.float64))
+    g = torch.stack([angle.cos(), angle.sin()], dim=1).float()
+    q = torch.tensor([[1.0, 0.0]])
+    result = rank_features(q, [1], [0], g, [1, 2], [1, 1])
+    order, _ = filtered_ranking(evaluate.Features(q, torch.tensor([9]), [1], [0]),
+                                evaluate.Features(g, torch.tensor([1, 2]), [1, 2], [1, 1]), 0)
+    assert result.cmc[0] == 0 and order.tolist() == [1, 0]
+
+
 def test_shapes_must_agree():
-    with pytest.raises(InputError, match="2 queries"):
+    with pytest.raises(InputError, match="query has 2 images and 2 ids, 2 cameras|gallery has 3 images and 2 ids"):
         cmc_map(np.ones((2, 3)), [1, 2], [1, 2], [0, 0], [1, 1])
     with pytest.raises(InputError, match="'step' or 'market'"):
         cmc_map(np.ones((1, 1)), [1], [1], [0], [1], ap="sklearn")
@@ -225,6 +263,56 @@ def test_load_weights_formats(tmp_path):
     assert torch.equal(ours.layer4[2].conv3.weight, theirs["layer4.2.conv3.weight"])
 
 
+def test_position_grids_of_files(tmp_path):
+    """Our files say their size; other grids are square or 2:1, or refused."""
+    source = build_backbone("vit_tiny", (384, 128))
+    ours = {"format": "reid-backbone", "recipe": {"size": [384, 128]}, "backbone": source.state_dict()}
+    assert "24x8 -> 16x8" in load_weights(save(tmp_path, ours), build_backbone("vit_tiny"))
+    flat = {"recipe": {"size": [128, 256]}, "backbone": build_backbone("vit_tiny", (128, 256)).state_dict()}
+    assert "8x16 -> 16x8" in load_weights(save(tmp_path, flat), build_backbone("vit_tiny"))  # as many tokens
+    square = build_backbone("vit_tiny", (224, 224)).state_dict()
+    assert "14x14 -> 16x8" in load_weights(save(tmp_path, square), build_backbone("vit_tiny"))
+    for pos in (source.pos_embed.data, torch.zeros(1, 198, 192), torch.zeros(1, 1, 192), torch.zeros(192),
+                torch.zeros(2, 129, 192), torch.zeros(1, 0, 192)):
+        with pytest.raises(InputError, match="pos_embed of shape|another shape"):
+            load_weights(save(tmp_path, source.state_dict() | {"pos_embed": pos}), build_backbone("vit_tiny"))
+
+
+def test_training_files_with_a_command_line_inside(tmp_path):
+    """DINO and iBOT store their argparse.Namespace; it is harmless and must not keep the weights out."""
+    import argparse
+    source = build_backbone("vit_tiny").state_dict()
+    content = {"student": {"module.backbone." + k: v + 1 for k, v in source.items()}, "epoch": 220,
+               "teacher": {"backbone." + k: v for k, v in source.items()} | {"head.mlp.0.bias": torch.zeros(4)},
+               "args": argparse.Namespace(arch="vit_tiny", lr=0.1)}
+    net = build_backbone("vit_tiny")
+    assert "150/150" in load_weights(save(tmp_path, content), net)
+    assert all(torch.equal(v, source[k]) for k, v in net.state_dict().items())
+
+
+def test_deeper_networks_and_broken_numbers_are_refused(tmp_path):
+    deep = upreid.ResNet((1, 1, 2, 1), 32).state_dict()
+    with pytest.raises(InputError, match="blocks that this one lacks .too many: layer3.1"):
+        load_weights(save(tmp_path, deep), upreid.resnet_tiny())
+    for value in (math.nan, 1j):
+        state = upreid.resnet_tiny().state_dict()
+        state["conv1.weight"] = state["conv1.weight"] * value
+        with pytest.raises(InputError, match="1 weights are not finite real numbers, first conv1.weight"):
+            load_weights(save(tmp_path, state), upreid.resnet_tiny())
+
+
+def test_damaged_models_get_one_line(tmp_path):
+    model = ReIDModel(build_backbone("resnet_tiny"), 5)
+    recipe = {"arch": "resnet_tiny", "size": [32, 16], "last_stride": 1, "neck_feat": "before"}
+    good = {"format": "reid-model", "recipe": recipe, "num_ids": 5, "model": model.state_dict()}
+    loaded, _ = evaluate.load_model(save(tmp_path, good))
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in loaded.state_dict().items())
+    for change in ({"recipe": None}, {"recipe": {}}, {"num_ids": 6}, {"num_ids": "x"}, {"model": {}}, {"model": 3},
+                   {"recipe": recipe | {"arch": "np"}}, {"recipe": recipe | {"neck_feat": "behind"}}):
+        with pytest.raises(InputError):
+            evaluate.load_model(save(tmp_path, good | change))
+
+
 def test_wrong_weights_are_refused_and_change_nothing(tmp_path):
     net = build_backbone("vit_tiny", (128, 64))
     before = {k: v.clone() for k, v in net.state_dict().items()}
@@ -260,13 +348,13 @@ def test_damaged_and_hostile_files(tmp_path, monkeypatch):
         assert name in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(InputError, match="no such weights file"):
         read_checkpoint("absent.pth")
-    with pytest.raises(InputError, match="not a whole weights file"):
+    with pytest.raises(InputError, match="damaged, or no file"):
         read_checkpoint(tmp_path)
     assert not Path("executed").exists()
 
 
 def test_a_bare_backbone_is_no_model(tmp_path):
-    with pytest.raises(InputError, match="Fine-tune it first"):
+    with pytest.raises(InputError, match="fine-tune first"):
         evaluate.load_model(save(tmp_path, upreid.resnet_tiny().state_dict()))
 
 

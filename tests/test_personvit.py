@@ -1,11 +1,16 @@
-"""The ViT of personvit.py against recorded outputs of the reference, PyTorch's attention, and itself."""
+"""personvit.py against recorded outputs of the reference, PyTorch's attention, loops, and itself."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import Golden
 
 import personvit
-from personvit import Attention, Block, VisionTransformer, resize_pos_embed
+from personvit import (Attention, Block, PersonViT, VisionTransformer, block_mask, cls_loss, draw_masks, patch_loss,
+                       resize_pos_embed)
 
 SIZES = {"vit_tiny": 5_511_360, "vit_small": 21_639_552, "vit_base": 85_746_432}
 
@@ -89,3 +94,278 @@ def test_other_image_sizes_and_shapes():
         net(torch.randn(1, 3, 15, 32))
     with pytest.raises(ValueError, match="multiple of num_heads"):
         VisionTransformer(embed_dim=10, num_heads=3)
+
+
+# ---- masks -----------------------------------------------------------------------------------
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("ratio, low, mean, high", [(0.3, 0.281, 0.296, 0.297), (0.5, 0.477, None, 0.5)])
+def test_masks_hide_what_the_reference_hides(ratio, low, mean, high):
+    shares = np.array([float(block_mask(16, 8, ratio, generator(i)).float().mean()) for i in range(1500)])
+    assert shares.max() <= ratio and np.quantile(shares, 0.99) == pytest.approx(high, abs=0.005)
+    assert shares.min() == pytest.approx(low, abs=0.02)
+    assert mean is None or shares.mean() == pytest.approx(mean, abs=0.002)
+
+
+def test_masks_are_blocks():
+    """A hidden patch has many more hidden neighbours than patches thrown at random would have."""
+    together = alone = 0
+    for i in range(200):
+        mask = block_mask(16, 8, 0.3, generator(i))
+        shuffled = mask.flatten()[torch.randperm(128, generator=generator(i))].view(16, 8)
+        together += int((mask[1:] & mask[:-1]).sum())
+        alone += int((shuffled[1:] & shuffled[:-1]).sum())
+    assert together > 1.8 * alone
+
+
+def test_half_of_the_images_are_whole():
+    masks = draw_masks(4000, 16, 8, generator(0))
+    shares = masks.flatten(1).float().mean(1)
+    assert abs((shares == 0).float().mean() - 0.5) < 0.03
+    assert abs(shares.mean() - 0.148) < 0.006
+    assert 0.09 < shares[shares > 0].min() + 0.02 and shares.max() <= 0.5
+    assert not block_mask(16, 8, 0, generator(0)).any() and draw_masks(3, 4, 2, generator(0)).shape == (3, 4, 2)
+    assert torch.equal(masks[:7], draw_masks(4000, 16, 8, generator(0))[:7])
+
+
+# ---- losses, against loops in float64 --------------------------------------------------------
+
+
+def random_probabilities(*shape, seed=0):
+    return (3 * torch.randn(*shape, generator=generator(seed), dtype=torch.float64)).softmax(-1)
+
+
+@pytest.mark.parametrize("G, V, B, K", [(2, 2, 3, 5), (2, 5, 4, 7), (2, 10, 1, 3), (1, 3, 2, 4)])
+def test_cls_loss_equals_the_loop(G, V, B, K):
+    t, s = random_probabilities(G, B, K, seed=1), random_probabilities(V, B, K, seed=2)
+    total, terms = 0.0, 0
+    for q in range(G):
+        for v in range(V):
+            if v != q:
+                total += sum(-float(t[q, b, k]) * math.log(s[v, b, k]) for b in range(B) for k in range(K)) / B
+                terms += 1
+    assert cls_loss(t, s.log()).item() == pytest.approx(total / terms, rel=1e-12)
+
+
+def plain_patch_loss(t, s, masks):
+    """(G, B, N, K) probabilities of all patches: per image the mean over hidden ones, then over images and views."""
+    G, B, N, _ = t.shape
+    total = 0.0
+    for g in range(G):
+        for b in range(B):
+            hidden = [n for n in range(N) if masks[g, b, n]]
+            ce = sum(-(t[g, b, n] * s[g, b, n].log()).sum() for n in hidden)
+            total = total + ce / max(len(hidden), 1) / B / G
+    return total
+
+
+def test_patch_loss_equals_the_loop():
+    G, B, N, K = 2, 3, 6, 5
+    t, s = random_probabilities(G, B, N, K, seed=1), random_probabilities(G, B, N, K, seed=2)
+    masks = torch.rand(G, B, N, generator=generator(3)) < 0.4
+    masks[0, 1] = False                                         # an image that drew ratio 0 contributes 0
+    rows = masks.flatten()
+    weight = (1 / masks.sum(2).clamp(min=1).double() / (G * B)).repeat_interleave(N)[rows.nonzero().flatten()]
+    ours = patch_loss(t.flatten(0, 2)[rows], s.flatten(0, 2)[rows].log(), weight)
+    assert ours.item() == pytest.approx(float(plain_patch_loss(t, s, masks)), rel=1e-12)
+    assert patch_loss(t[0, 0, :0], s[0, 0, :0].log(), weight[:0]).item() == 0
+
+
+# ---- the objective ---------------------------------------------------------------------------
+
+
+def small_model(seed=0, grid=(4, 2), shared=True, K=11, **kwargs):
+    torch.manual_seed(seed)
+    vit = VisionTransformer((8 * grid[0], 8 * grid[1]), 8, embed_dim=12, depth=2, num_heads=2, **kwargs)
+    return PersonViT(vit, K, hidden=16, bottleneck=6, shared_head=shared, norm_last_layer=False)
+
+
+def small_views(B=3, L=2, grid=(4, 2), seed=0, ratio=0.5):
+    torch.manual_seed(seed)
+    H, W = 8 * grid[0], 8 * grid[1]
+    return {"globals": torch.randn(2, B, 3, H, W), "locals": torch.randn(L, B, 3, H // 2, W // 2),
+            "masks": torch.rand(2, B, *grid) < ratio}
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_three_steps_equal_reference(shared):
+    from train import clip_each, matrix_groups
+    golden = Golden(f"ibot_{'shared' if shared else 'separate'}_head")
+    vit = VisionTransformer((32, 32), 8, embed_dim=24, depth=2, num_heads=2)
+    model = PersonViT(vit, 40, hidden=32, bottleneck=16, shared_head=shared, norm_last_layer=True).train()
+    student = golden.state("student.")
+    model.mask_token.data.copy_(student.pop("backbone.masked_embed"))
+    model.student.load_state_dict(student, strict=True)
+    model.teacher.load_state_dict(golden.state("teacher."), strict=True)
+    model.center.copy_(golden["center0"][0])
+    model.patch_center.copy_(golden["center2_0"][0, 0])
+    optimizer = torch.optim.AdamW(matrix_groups(model))
+    for i in range(3):
+        for group in optimizer.param_groups:
+            group["lr"], group["weight_decay"] = float(golden["lr"][i]), float(golden["wd"][i]) * group["decay"]
+        views = {"globals": golden[f"global{i}"], "locals": golden[f"local{i}"], "masks": golden[f"mask{i}"]}
+        losses = model(views, float(golden["teacher_temp"][i]), float(golden["teacher_patch_temp"][i]))
+        for ours, theirs in (("cls", "cls"), ("patch", "patch"), ("total", "loss")):
+            torch.testing.assert_close(losses[ours].detach(), golden[f"{theirs}{i}"], rtol=1e-5, atol=1e-5)
+        optimizer.zero_grad()
+        losses["total"].backward()
+        clip_each(model.parameters(), float(golden["clip_grad"]))
+        if golden["epoch"][i] < golden["freeze_last_layer_epochs"]:
+            for name, p in model.named_parameters():
+                if "last_layer" in name:
+                    p.grad = None
+        optimizer.step()
+        model.update_teacher(float(golden["momentum"][i]))
+        torch.testing.assert_close(model.center, golden[f"center{i + 1}"][0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(model.patch_center, golden[f"center2_{i + 1}"][0, 0], rtol=1e-5, atol=1e-6)
+    after = golden.state("after.student.")
+    torch.testing.assert_close(model.mask_token.data, after.pop("backbone.masked_embed"), rtol=1e-4, atol=1e-6)
+    for net, weights in ((model.student, after), (model.teacher, golden.state("after.teacher."))):
+        for key, theirs in weights.items():
+            ours = net.state_dict()[key].clone()
+            if key.endswith("qkv.bias"):
+                ours[24:48] = theirs[24:48]
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6, msg=key)
+
+
+def plain_forward(model, views, t_temp, p_temp, s_temp=0.1):
+    """The objective as one would first write it: every token through the prototypes, loops over views."""
+    t_out, s_out = [], []
+    for net, out in ((model.teacher, t_out), (model.student, s_out)):
+        for g, mask in zip(views["globals"], views["masks"]):
+            hide = (mask, model.mask_token) if net is model.student else ()
+            z = net["head"](net["backbone"].forward_features(g, *hide))
+            out.append((net["head"].last_layer(z[:, 0]), net["head"].last_layer2(z[:, 1:])))
+    head = model.student["head"]
+    cls = [c for c, _ in s_out] + [head.last_layer(head(model.student["backbone"](v))) for v in views["locals"]]
+    t_cls = torch.stack([((c - model.center) / t_temp).softmax(-1) for c, _ in t_out])
+    t_patch = torch.stack([((p - model.patch_center) / p_temp).softmax(-1) for _, p in t_out]).detach()
+    s_patch = torch.stack([(p / s_temp).softmax(-1) for _, p in s_out])
+    loss_cls = cls_loss(t_cls.detach(), torch.stack([(c / s_temp).log_softmax(-1) for c in cls]))
+    loss_patch = plain_patch_loss(t_patch, s_patch, views["masks"].flatten(2))
+    centers = torch.cat([c for c, _ in t_out]).mean(0), torch.cat([p for _, p in t_out]).mean((0, 1))
+    return loss_cls + loss_patch, centers
+
+
+@pytest.mark.parametrize("seed, B, L, grid, shared", [(0, 3, 2, (4, 2), True), (1, 1, 0, (2, 2), False),
+                                                      (2, 5, 3, (6, 2), False), (3, 2, 1, (4, 4), True)])
+def test_fast_equals_plain(seed, B, L, grid, shared):
+    model = small_model(seed, grid, shared)
+    model.center.normal_(), model.patch_center.normal_()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    views = small_views(B, L, grid, seed)
+    plain, (center, patch_center) = plain_forward(model, views, 0.05, 0.07)
+    plain.backward()
+    wanted = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    old = model.center.clone(), model.patch_center.clone()
+    ours = model(views, 0.05, 0.07)["total"]
+    ours.backward()
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert set(grads) == set(wanted) and all(n.startswith("student") or n == "mask_token" for n in grads)
+    for name, grad in grads.items():                             # and the teacher got none
+        torch.testing.assert_close(grad, wanted[name], rtol=1e-4, atol=1e-5, msg=name)
+    model.update_teacher(0.5)
+    torch.testing.assert_close(model.center, 0.9 * old[0] + 0.1 * center)
+    torch.testing.assert_close(model.patch_center, 0.9 * old[1] + 0.1 * patch_center, rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_hidden_and_everything_hidden():
+    model, views = small_model(), small_views()
+    views["masks"][:] = False
+    losses = model(views, 0.04, 0.04)
+    losses["total"].backward()
+    assert losses["patch"].item() == 0 and all(torch.isfinite(v) for v in losses.values())
+    assert all(p.grad.isfinite().all() for p in model.student.parameters() if p.grad is not None)
+    views["masks"][:] = True
+    assert model(views, 0.04, 0.04)["patch"].item() > 0
+
+
+def test_visible_patches_do_not_move_the_patch_loss(monkeypatch):
+    model, views = small_model(), small_views(B=2, L=0)
+    leaf = torch.randn(4, 9, 12, requires_grad=True)             # the student's tokens, as if they were inputs
+    monkeypatch.setattr(model.student["backbone"], "forward_features", lambda *args: leaf)
+    model(views, 0.04, 0.04)["patch"].backward()
+    moved = leaf.grad.abs().sum(-1) > 0
+    assert not moved[:, 0].any() and torch.equal(moved[:, 1:], views["masks"].flatten(0, 1).flatten(1))
+
+
+def test_only_global_views_of_the_student_are_masked(monkeypatch):
+    model, views, seen = small_model(), small_views(), []
+    real = VisionTransformer.forward_features
+    monkeypatch.setattr(VisionTransformer, "forward_features", lambda self, x, mask=None, token=None: (
+        seen.append((self is model.student["backbone"], tuple(x.shape[2:]), mask)), real(self, x, mask, token))[1])
+    model(views, 0.04, 0.04)
+    assert [(who, size) for who, size, _ in seen] == [(False, (32, 16)), (True, (32, 16)), (True, (16, 8))]
+    assert seen[0][2] is None and torch.equal(seen[1][2], views["masks"].flatten(0, 1)) and seen[2][2] is None
+
+
+def test_teacher_follows_in_closed_form():
+    model = small_model(drop_path=0.3)
+    start = [p.clone() for p in model.teacher.parameters()]
+    with torch.no_grad():
+        for p in model.student.parameters():
+            p.normal_()
+    for _ in range(5):
+        model.forwards += 1
+        model.update_teacher(0.9)
+    for t, t0, s in zip(model.teacher.parameters(), start, model.student.parameters()):
+        torch.testing.assert_close(t, 0.9 ** 5 * t0 + (1 - 0.9 ** 5) * s, rtol=1e-5, atol=1e-6)
+    assert all(b.drop_path == 0 for b in model.teacher["backbone"].blocks)
+    assert model.student["backbone"].blocks[-1].drop_path == pytest.approx(0.3)
+    twin = VisionTransformer((32, 16), 8, embed_dim=12, depth=2, num_heads=2)
+    twin.load_state_dict(model.backbone_for_export().state_dict(), strict=True)
+
+
+def test_collapse_is_noticed_and_health_is_not():
+    views = small_views(B=16, L=0)
+    views["globals"] += 3 * torch.randn(16, 3, 1, 1)             # images that differ, as people do
+
+    def model():
+        torch.manual_seed(0)
+        vit = VisionTransformer((32, 16), 8, embed_dim=64, depth=2, num_heads=2)
+        return PersonViT(vit, num_prototypes=64, hidden=64, bottleneck=32)
+
+    healthy = model()
+    values = {k: v.item() for k, v in healthy(views, 0.04, 0.04).items()}
+    assert not PersonViT.collapsed(values), values
+    assert values["kl"] >= -1e-5 and 0 <= values["entropy"] <= math.log(64) + 1e-5
+    for collapse in ("flat", "constant", "one feature"):
+        sick = model()
+        if collapse == "flat":                                   # no prototype is liked more than another
+            sick.teacher["head"].last_layer.weight_v.data.zero_()
+        elif collapse == "constant":                             # the same sharp answer to every image
+            sick.center[3] = -100
+        else:
+            sick.teacher["backbone"].norm.weight.data.zero_()
+            sick.teacher["backbone"].norm.bias.data.normal_()
+        values = {k: v.item() for k, v in sick(views, 0.04, 0.04).items()}
+        assert PersonViT.collapsed(values), (collapse, values)
+
+
+def test_head():
+    shared, separate = small_model().student["head"], small_model(shared=False).student["head"]
+    assert shared.last_layer is shared.last_layer2 and separate.last_layer is not separate.last_layer2
+    z = shared(torch.randn(5, 12))
+    torch.testing.assert_close(z.norm(dim=1), torch.ones(5))
+    v = shared.last_layer.weight_v
+    torch.testing.assert_close(shared.last_layer(z), z @ F.normalize(v, dim=1).T)
+    assert small_model().student["head"].last_layer.weight_g.requires_grad
+    fixed = PersonViT(VisionTransformer((32, 16), 8, embed_dim=12, depth=1, num_heads=2), 5, 8, 4)
+    assert not fixed.student["head"].last_layer.weight_g.requires_grad
+
+
+def test_large_bf16_inputs_give_finite_losses():
+    model, views = small_model(), small_views()
+    for key in ("globals", "locals"):
+        views[key] = views[key] * 1e3
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model(views, 0.04, 0.07)
+    assert all(torch.isfinite(v) for v in losses.values()) and losses["total"].dtype == torch.float32

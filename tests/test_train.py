@@ -15,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, Golden, market_tree
 
+import evaluate
 import train
 from data import InputError, load_dataset
 from evaluate import ReIDModel
 from personvit import VisionTransformer
-from train import Recipe, Run, cosine, fine_tune, hardest, learning_rate, make_optimizer, recipe_for, triplet_loss
+from train import (Machine, Recipe, Run, cosine, fine_tune, hardest, learning_rate, make_optimizer, recipe_for,
+                   triplet_loss)
 
 # ---- losses and schedule ---------------------------------------------------------------------
 
@@ -112,7 +114,16 @@ def test_recipes():
     assert (bot.smoothing, bot.margin, bot.last_stride, bot.neck_feat) == (0.1, 0.3, 1, "after")
     assert recipe_for("synthetic").size == (128, 64)
     with pytest.raises(InputError, match="did you mean vit_small"):
-        recipe_for("msmt17", "vit_smal")
+        train.check_recipe(recipe_for("msmt17", "vit_smal"))
+
+
+def test_every_default_is_allowed_and_values_outside_are_not():
+    for recipe in (recipe_for(d, a) for d in ("synthetic", "market1501", "msmt17") for a in evaluate.ARCHS):
+        train.check_recipe(recipe)
+    for change in ({"lr": math.nan}, {"ids": 1}, {"images": 0}, {"epochs": -1}, {"seed": -1}, {"size": (0, 0)},
+                   {"drop_path": 1.0}, {"smoothing": -0.1}, {"margin": math.inf}, {"weight_decay": -1.0}):
+        with pytest.raises(InputError, match=f"--{next(iter(change)).replace('_', '-')} .*must lie between"):
+            train.check_recipe(dataclasses.replace(Recipe(), **change))
 
 
 # ---- the loop --------------------------------------------------------------------------------
@@ -120,9 +131,9 @@ def test_recipes():
 TINY = Recipe(arch="vit_tiny", size=(32, 16), epochs=2, ids=3, images=2, lr=0.01, warmup=1, drop_path=0.3, seed=5)
 
 
-def tiny_run(dataset, folder, recipe=TINY, **kwargs):
+def tiny_run(dataset, folder, recipe=TINY, weights=None, save_every=500, workers=0):
     run = Run(folder, dataclasses.asdict(recipe))
-    return fine_tune(recipe, dataset, run, workers=0, log_every=2, **kwargs), run
+    return fine_tune(recipe, dataset, run, weights, Machine("cpu", workers, save_every, log_every=2)), run
 
 
 def log_lines(run):
@@ -163,10 +174,7 @@ def test_resumed_run_equals_the_uninterrupted_one(dataset, tmp_path, stop_at, mo
 
 
 def test_workers_change_nothing(dataset, tmp_path):
-    models = []
-    for workers in (0, 2):
-        run = Run(tmp_path / str(workers), {})
-        models.append(fine_tune(TINY, dataset, run, workers=workers).state_dict())
+    models = [tiny_run(dataset, tmp_path / str(w), workers=w)[0].state_dict() for w in (0, 2)]
     assert all(torch.equal(v, models[1][k]) for k, v in models[0].items())
 
 
@@ -196,7 +204,7 @@ def test_loss_that_is_not_finite_stops_before_the_weights_are_touched(dataset, t
     real, models = train.triplet_loss, []
     monkeypatch.setattr(train, "triplet_loss", lambda *args: real(*args) * torch.nan)
     monkeypatch.setattr(train, "ReIDModel", lambda *args: models.append(ReIDModel(*args)) or models[-1])
-    with pytest.raises(InputError, match="loss is nan at step 0.*lower --lr"):
+    with pytest.raises(InputError, match="loss is nan at step 0; nothing was saved yet; a lower --lr"):
         tiny_run(dataset, tmp_path / "run")
     assert all(p.isfinite().all() for p in models[0].parameters())
 
@@ -204,24 +212,87 @@ def test_loss_that_is_not_finite_stops_before_the_weights_are_touched(dataset, t
 # ---- run folders -----------------------------------------------------------------------------
 
 
+def save_in(run: Run, name: str, content: dict) -> None:
+    with run.begin():
+        run.save(name, content)
+
+
+class Part:
+    """Something with a state."""
+
+    def __init__(self, state=None):
+        self.state = state
+
+    def state_dict(self):
+        return self.state
+
+    def load_state_dict(self, state):
+        self.state = state
+
+
+CHECKPOINT = {"step": 1, "bad": [], "log_size": 0, "part": {"a": 2}}
+
+
 def test_run_folder_of_another_recipe(tmp_path):
-    Run(tmp_path / "run", {"lr": 0.1, "size": (4, 2)}).save("checkpoint.pth", {"step": 1})
-    assert Run(tmp_path / "run", {"lr": 0.1, "size": (4, 2)}).load("checkpoint.pth") == {"step": 1}
+    folder = tmp_path / "run"
+    save_in(Run(folder, {"lr": 0.1, "size": (4, 2)}), "checkpoint.pth", CHECKPOINT)
+    part = Part()
+    assert Run(folder, {"lr": 0.1, "size": (4, 2)}).restore({"part": part}) == (1, set()) and part.state == {"a": 2}
     with pytest.raises(InputError, match=r"another recipe \(lr: 0.1 there, 0.2 now\).*--out.*--overwrite"):
-        Run(tmp_path / "run", {"lr": 0.2, "size": (4, 2)})
-    assert Run(tmp_path / "run", {"lr": 0.2}, overwrite=True).load("checkpoint.pth") is None
-    (tmp_path / "run" / "recipe.json").write_text("{")
+        Run(folder, {"lr": 0.2, "size": (4, 2)})
+    fresh = Run(folder, {"lr": 0.2}, overwrite=True)
+    assert (folder / "checkpoint.pth").exists()                  # looking deletes nothing
+    with fresh.begin():
+        assert fresh.restore({"part": part}) == (0, set())
+    (folder / "recipe.json").write_text("{")
     with pytest.raises(InputError, match="damaged"):
-        Run(tmp_path / "run", {"lr": 0.2})
+        Run(folder, {"lr": 0.2})
+
+
+def test_a_start_that_fails_leaves_no_trace(dataset, tmp_path):
+    """... and above all deletes nothing, though --overwrite was given."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model.pth").write_text("hours of work")
+    for recipe, weights in ((dataclasses.replace(TINY, ids=100), None), (TINY, "absent.pth"),
+                            (dataclasses.replace(TINY, size=(8, 8)), None)):
+        with pytest.raises(InputError):
+            train.fine_tune_and_evaluate(recipe, dataset, tmp_path / "run", True, weights, Machine("cpu", 0))
+    with pytest.raises(InputError, match="would delete"):
+        train.fine_tune_and_evaluate(TINY, dataset, tmp_path / "run", True, tmp_path / "run" / "model.pth")
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["model.pth"]
+
+
+def test_damaged_checkpoint_says_so_and_what_to_do(tmp_path):
+    run = Run(tmp_path / "run", {})
+    for content in ({}, {"step": 1}, CHECKPOINT | {"log_size": "x"}, [1]):
+        save_in(run, "checkpoint.pth", content)
+        with pytest.raises(InputError, match="checkpoint.pth is damaged .*delete it"):
+            run.restore({"part": Part()})
+    whole = (tmp_path / "run" / "checkpoint.pth").read_bytes()
+    (tmp_path / "run" / "checkpoint.pth").write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(InputError, match="checkpoint.pth is damaged"):
+        run.restore({"part": Part()})
+    (tmp_path / "run" / "checkpoint.pth").unlink()
+    (tmp_path / "run" / "log.jsonl").write_text("lines of a run without a checkpoint")
+    assert run.restore({"part": Part()}) == (0, set()) and run.log_size() == 0
+
+
+def test_two_processes_cannot_share_a_folder(tmp_path):
+    with Run(tmp_path / "run", {}).begin():
+        with pytest.raises(InputError, match="another process is training"):
+            with Run(tmp_path / "run", {}).begin():
+                pass
+    with Run(tmp_path / "run", {}).begin():
+        pass
 
 
 def test_files_of_the_user_are_kept(tmp_path):
     (tmp_path / "model.pth").write_text("mine")
     (tmp_path / "notes.txt").write_text("mine too")
-    with pytest.raises(InputError, match="holds files of something else"):
+    with pytest.raises(InputError, match="holds model.pth of something else"):
         Run(tmp_path, {})
-    Run(tmp_path, {}, overwrite=True)
-    assert (tmp_path / "notes.txt").exists() and not (tmp_path / "model.pth").exists()
+    with Run(tmp_path, {}, overwrite=True).begin():
+        assert (tmp_path / "notes.txt").exists() and not (tmp_path / "model.pth").exists()
 
 
 def test_folder_that_cannot_be_written(tmp_path):
@@ -232,15 +303,34 @@ def test_folder_that_cannot_be_written(tmp_path):
 
 def test_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     run = Run(tmp_path / "run", {})
-    run.save("checkpoint.pth", {"step": 1})
+    save_in(run, "checkpoint.pth", CHECKPOINT)
 
     def full(_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(InputError, match="No space left"):
-        run.save("checkpoint.pth", {"step": 2})
-    assert run.load("checkpoint.pth") == {"step": 1}
+        run.save("checkpoint.pth", CHECKPOINT | {"step": 2})
+    assert run.restore({"part": Part()})[0] == 1
+    assert sorted(p.name for p in run.folder.iterdir()) == ["checkpoint.pth", "lock", "recipe.json"]
+
+
+def test_other_data_is_another_run(dataset, tmp_path):
+    machine = Machine("cpu", 0)
+    run = train.open_run(tmp_path / "run", TINY, dataset, False, machine)
+    with run.begin():
+        pass
+    train.open_run(tmp_path / "run", TINY, dataset, False, machine)
+    fewer = dataclasses.replace(dataset, train=dataset.train[1:])
+    with pytest.raises(InputError, match="another recipe .data: 16 images"):
+        train.open_run(tmp_path / "run", TINY, fewer, False, machine)
+
+
+def test_unlabelled_images_are_no_training_set(tmp_path):
+    market_tree(tmp_path / "crops")
+    (tmp_path / "crops" / "bounding_box_train" / "cover.jpg").write_bytes(b"")
+    with pytest.raises(InputError, match="without identity, first .*cover.jpg"):
+        train.fine_tune_and_evaluate(TINY, load_dataset(str(tmp_path / "crops")), tmp_path / "run")
 
 
 # ---- command line ----------------------------------------------------------------------------
@@ -261,14 +351,17 @@ def test_mistakes_get_one_line(tmp_path):
     market_tree(tmp_path / "market1501")
     for args, words in [(["--dataset", "msmt"], "did you mean msmt17"),
                         (["--arch", "resnet5"], "did you mean resnet50"),
-                        (["--optimizer", "lion"], "choose from sgd, adam, adamw"),
+                        (["--optimizer", "adm"], "did you mean adam"),
                         (["--dataset", "market1501"], "needs 16 identities, the training set has 4"),
                         (["--dataset", "market1501", "--ids", 2, "--weights", tmp_path / "no.pth"], "no such weights")]:
         done = command("--data-root", tmp_path, "--out", tmp_path / "run", "--overwrite", *args)
         assert done.returncode == 1 and re.search(words, done.stderr), done.stderr
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert command("--size", "256").returncode == 2
-    assert not list(tmp_path.glob("run/*.pth"))
+    for args in (["--size", "256"], ["--device", "tpu"], ["--workers", "-1"], ["--save-every", "0"],
+                 ["--margin", "wide"], ["--demo", "--lr", "1"]):
+        done = command(*args)
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("run/*"))
 
 
 def test_ctrl_c_says_where_the_checkpoint_is_and_the_same_command_goes_on(tmp_path):
