@@ -2,7 +2,7 @@
 #   PYTHON=python make test        uses the environment you are in
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test finetune evaluate bench clean
+.PHONY: help demo test pretrain-personvit finetune evaluate bench clean
 
 DATASET   ?= synthetic
 DATA_ROOT ?= data
@@ -14,7 +14,7 @@ SETUP  := .venv/ready
 endif
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-19s %s\n", $$1, $$2}'
 	@echo "  variables: DATASET=$(DATASET) DATA_ROOT=$(DATA_ROOT) ARCH= WEIGHTS= FLAGS= PYTHON=$(PYTHON)"
 
 .venv/ready: requirements.txt
@@ -30,6 +30,10 @@ demo: $(SETUP)  ## synthetic people: draw, fine-tune, evaluate, rank-list pictur
 
 test: $(SETUP)  ## all tests, on the CPU
 	$(PYTHON) -m pytest -q tests upreid.py personvit.py data.py evaluate.py train.py --doctest-modules
+
+pretrain-personvit: $(SETUP)  ## PersonViT pre-training: DATASET=luperson ARCH=vit_small, or any folder
+	$(PYTHON) train.py --pretrain personvit --dataset $(DATASET) --data-root $(DATA_ROOT) \
+	  $(if $(ARCH),--arch $(ARCH)) $(FLAGS)
 
 finetune: $(SETUP)  ## fine-tune and evaluate: DATASET=msmt17 ARCH=vit_small WEIGHTS=pretrained.pth
 	$(PYTHON) train.py --dataset $(DATASET) --data-root $(DATA_ROOT) $(if $(ARCH),--arch $(ARCH)) \

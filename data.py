@@ -90,7 +90,8 @@ class Dataset:
         if isinstance(self.train, PathList):
             return f"{len(self.train)} images, {self.train.text.size} bytes of names"
         names = "\n".join(f"{os.path.basename(r.path)} {r.pid}" for r in self.train)
-        return f"{len(self.train)} images, {hashlib.blake2b(names.encode(), digest_size=6).hexdigest()}"
+        return (f"{len(self.train)} images, "
+                f"{hashlib.blake2b(names.encode(), digest_size=6).hexdigest()}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -107,12 +108,12 @@ class Layout(NamedTuple):
     pattern: str                         # groups: pid, camera
     counts: dict[str, tuple[int, int]]   # split -> (identities, images)
     cameras: int
-    ask: str                             # nothing is ever downloaded: most sets need a signed agreement
+    ask: str                             # nothing is downloaded: most sets need a signed agreement
 
 
 MARKET_NAME, NUMBERED_NAME = r"(-1|\d{4})_c(\d)", r"(-1|\d+)_c(\d+)"
 
-# Counts from the sets' own files or their readmes; PersonX's identities are derived (images / views).
+# Counts from the sets' own files or readmes; PersonX's identities are derived (images / views).
 LAYOUTS = {
     "market1501": Layout(
         ("Market-1501-v15.09.15", "market1501", "Market-1501"), MARKET_NAME,
@@ -148,7 +149,7 @@ NAMES = sorted([*LAYOUTS, "cuhk03-np", "folder", "luperson"])
 
 
 def load_dataset(name: str, root: str | Path = "data", train_only: bool = False) -> Dataset:
-    """Read one ReID set below `root` (the data folder, or the set's own), print and check its counts.
+    """Read one ReID set below `root` (data folder or the set's own), print and check its counts.
 
     name: one of NAMES, or the path of any folder of crops. "cuhk03-np" is its labeled half,
     "synthetic" is drawn on first use, "folder" is any tree of Market-style names, "luperson"
@@ -160,7 +161,8 @@ def load_dataset(name: str, root: str | Path = "data", train_only: bool = False)
         name, root = "folder" if Path(name).is_dir() else "luperson", Path(name)
     name = {"cuhk03-np": "cuhk03-np-labeled"}.get(name, name)
     if name not in NAMES:
-        raise InputError(f"no dataset or folder is called {name!r}; did you mean {closest(name, NAMES)}?")
+        raise InputError(f"no dataset or folder is called {name!r}; "
+                         f"did you mean {closest(name, NAMES)}?")
     if name == "synthetic" and not (root / name).exists() and not (root / "query").exists():
         print(f"drawing synthetic people into {root / name}")
         make_synthetic(root / name)
@@ -184,13 +186,15 @@ def find_folder(name: str, root: Path, inside: Sequence[str]) -> Path:
         if any((place / i).exists() for i in inside):
             return place
     raise InputError(
-        f"{name} not found: no {' or '.join(inside)} in {', '.join(map(str, dict.fromkeys(places)))}. "
-        f"Expected {root / folders[0]}/{{{','.join(inside)}, ...}}. Ask for it at: {LAYOUTS[name].ask}. "
+        f"{name} not found: no {' or '.join(inside)} in "
+        f"{', '.join(map(str, dict.fromkeys(places)))}. "
+        f"Expected {root / folders[0]}/{{{','.join(inside)}, ...}}. "
+        f"Ask for it at: {LAYOUTS[name].ask}. "
         f"(--dataset synthetic needs no data; --data-root names another folder)")
 
 
 def list_images(folder: Path, recursive: bool = False) -> list[str]:
-    """Sorted image paths: by file name within a folder, so that no file system decides the order."""
+    """Image paths sorted by file name within a folder, so that no file system decides the order."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     suffixes = (".jpg", ".jpeg", ".png", ".bmp")  # Market's folders also hold Thumbs.db
@@ -215,8 +219,9 @@ def parse_names(paths: Sequence[str], pattern: str) -> list[Record]:
     matches = [re.match(pattern, os.path.basename(path)) for path in paths]
     bad = [path for path, match in zip(paths, matches) if match is None]
     if bad:
-        raise InputError(f"{len(bad)} of {len(paths)} names do not start like 0002_c1 (identity, camera): "
-                         f"{', '.join(bad[:3])}; --dataset folder reads names without cameras")
+        raise InputError(f"{len(bad)} of {len(paths)} names do not start like 0002_c1 "
+                         f"(identity, camera): {', '.join(bad[:3])}; "
+                         f"--dataset folder reads names without cameras")
     return [Record(p, int(m[1]), int(m[2]) - 1) for p, m in zip(paths, matches)]
 
 
@@ -230,7 +235,7 @@ def load_market_style(name: str, root: Path) -> Dataset:
     """Market-1501 and the many sets that copied its three folders."""
     root = find_folder(name, root, MARKET_SPLITS)
     splits = (parse_names(list_images(root / s), LAYOUTS[name].pattern) for s in MARKET_SPLITS)
-    train, query, gallery = ([r for r in records if r.pid != -1] for records in splits)  # -1 is junk
+    train, query, gallery = ([r for r in records if r.pid != -1] for records in splits)  # -1: junk
     return Dataset(name, root, relabel(train), query, gallery)
 
 
@@ -249,8 +254,8 @@ def load_msmt17(root: Path, train_only: bool) -> Dataset:
             match = re.fullmatch(r"(\S+) (\d+)\s*", line)
             camera = match and re.match(LAYOUTS["msmt17"].pattern, os.path.basename(match[1]))
             if not camera or int(camera[1]) < 1:
-                raise InputError(f"{file} line {number}: {line!r} does not read 'path identity' with "
-                                 f"the camera in the third field of the file's name")
+                raise InputError(f"{file} line {number}: {line!r} does not read 'path identity' "
+                                 f"with the camera in the third field of the file's name")
             records.append(Record(str(root / folder / match[1]), int(match[2]), int(camera[1]) - 1))
         if not records:
             raise InputError(f"{file}: the list is empty")
@@ -262,7 +267,8 @@ def load_msmt17(root: Path, train_only: bool) -> Dataset:
     # PersonViT and TransReID train on train + val; torchreid and fast-reid on train alone
     train = read("train", train_dir) + ([] if train_only else read("val", train_dir))
     version = "V2 (faces masked)" if masked else "V1"
-    return Dataset("msmt17", root, relabel(train), read("query", test_dir), read("gallery", test_dir),
+    return Dataset("msmt17", root, relabel(train),
+                   read("query", test_dir), read("gallery", test_dir),
                    note=f"{version}, trained on {'train only' if train_only else 'train + val'}")
 
 
@@ -298,8 +304,9 @@ def load_folder(root: Path) -> Dataset:
     named = all(r.pid >= 0 for r in train)
     if not has_cameras:
         note += "; " * bool(note) + "names without cameras: ranking excludes only the image itself"
-    return Dataset("folder", root, relabel(train) if named else train, [r for r in query if r.pid >= 0],
-                   [r for r in gallery if r.pid >= 0], has_cameras, note)
+    return Dataset("folder", root, relabel(train) if named else train,
+                   [r for r in query if r.pid >= 0], [r for r in gallery if r.pid >= 0],
+                   has_cameras, note)
 
 
 def describe(dataset: Dataset, train_only: bool = False) -> str:
@@ -320,10 +327,11 @@ def describe(dataset: Dataset, train_only: bool = False) -> str:
             if train_only and dataset.name == "msmt17" and split == "train":
                 expected = (1_041, 30_248)
             same = (ids, len(records)) == expected
-            line += f"   published {expected[0]:,} / {expected[1]:,}" + ("" if same else "   DIFFERENT")
+            line += (f"   published {expected[0]:,} / {expected[1]:,}" +
+                     ("" if same else "   DIFFERENT"))
             if not same:
-                warnings.append(f"WARNING: {split} has {ids:,} ids and {len(records):,} images where "
-                                f"{expected[0]:,} and {expected[1]:,} were published: "
+                warnings.append(f"WARNING: {split} has {ids:,} ids and {len(records):,} images "
+                                f"where {expected[0]:,} and {expected[1]:,} were published: "
                                 f"results will not compare with the papers'")
         lines.append(line)
     if layout and layout.counts and len(cameras) != layout.cameras:
@@ -383,7 +391,8 @@ def check_inside(paths: list[str], source: Path) -> None:
     """A list file may name files below the data folder only: it may come from anywhere."""
     for path in paths:
         if os.path.isabs(path) or ".." in Path(path).parts:
-            raise InputError(f"{source}: {path!r} leaves the data folder; list paths relative to it")
+            raise InputError(f"{source}: {path!r} leaves the data folder; "
+                             f"list paths relative to it")
 
 
 def read_text(file: Path) -> str:
@@ -406,9 +415,10 @@ def load_unlabelled(root: Path) -> Dataset:
         places = [root]
     source = next((p for p in places if p.exists()), None)
     if source is None:
-        raise InputError(f"luperson not found: {root} is missing. Expected {root}/luperson/ (any tree "
-                         f"of images) or {root}/luperson.txt (a path per line). Ask for the images at: "
-                         f"github.com/DengpanFu/LUPerson; any folder of person crops works as well")
+        raise InputError(f"luperson not found: {root} is missing. Expected {root}/luperson/ "
+                         f"(any tree of images) or {root}/luperson.txt (a path per line). "
+                         f"Ask for the images at: github.com/DengpanFu/LUPerson; "
+                         f"any folder of person crops works as well")
     if source.is_file():
         if source.suffix != ".txt":
             raise InputError(f"{source}: neither a folder of crops nor a .txt list of paths")
@@ -419,13 +429,14 @@ def load_unlabelled(root: Path) -> Dataset:
         text = "".join(os.path.relpath(p, source) + "\n" for p in list_images(source, True))
         if not os.access(index.parent, os.W_OK):
             index = Path(tempfile.mkdtemp()) / index.name
-            print(f"WARNING: {source.parent} is not writable, the list is kept in {index} for this run")
+            print(f"WARNING: {source.parent} is not writable, "
+                  f"the list is kept in {index} for this run")
         write_atomic(index, text.encode("utf-8", "surrogateescape"))
     return Dataset("luperson", source, PathList(index, source), [], [], note=f"listed in {index}")
 
 
 def write_atomic(file: Path, content: bytes) -> None:
-    """Write, flush to disk, rename: whoever opens `file` finds the old or the new one, never half."""
+    """Write, flush to disk, rename: whoever opens `file` finds the old or new one, never half."""
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as handle:
@@ -476,8 +487,8 @@ class Images(torch.utils.data.Dataset):
 
     __getitems__(indices) -> images (B, 3, H, W), asked (B,), used (B,): where used differs from
     asked the file was broken, and the next readable image of the same identity (or, failing that,
-    of the list) stands in. Resized images are kept in memory if all fit in `cache_bytes` (default: a
-    quarter of this machine's): nothing random happens before, so a second epoch decodes nothing.
+    of the list) stands in. Resized images are kept in memory if all fit in `cache_bytes` (default:
+    a quarter of this machine's): nothing random happens before, so a second epoch decodes nothing.
     """
 
     def __init__(self, records: Sequence[Record], size: tuple[int, int],
@@ -487,7 +498,8 @@ class Images(torch.utils.data.Dataset):
         self.cache = self.filled = None
         can_fork = hasattr(os, "fork")
         if cache_bytes is None:
-            cache_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4 if can_fork else 0
+            cache_bytes = (os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+                           if can_fork else 0)
         if can_fork and 0 < len(records) * each <= cache_bytes:
             # anonymous shared memory: forked workers fill one cache, and no /dev/shm limit applies
             self.cache = shared_uint8(len(records) * each).view(len(records), 3, *size)
@@ -547,9 +559,10 @@ class PKSampler:
     An epoch cuts each identity's shuffled images into groups of K (a short group is filled up with
     images of the same identity; an identity with fewer than K repeats them), and every group is
     used once: **every image is seen in every epoch**. An epoch is as long as its largest identity
-    and all groups need; places left over go to identities drawn at random. Epochs have constant length, `len(sampler)` batches. Order is a
-    function of (seed, epoch); with several processes, `rank` takes its share of each batch's
-    identities. Raises InputError for fewer than P identities or a P that `world` does not divide.
+    and all groups need; places left over go to identities drawn at random. Epochs have constant
+    length, `len(sampler)` batches. Order is a function of (seed, epoch); with several processes,
+    `rank` takes its share of each batch's identities. Raises InputError for fewer than P identities
+    or a P that `world` does not divide.
 
     Differs from TransReID's sampler, which drops short groups and the last identities of an epoch.
     """
@@ -560,12 +573,14 @@ class PKSampler:
         self.epoch = 0
         pids = np.asarray(pids)
         order = np.argsort(pids, kind="stable")
-        self.members = np.split(order, np.flatnonzero(np.diff(pids[order])) + 1)  # indices of each id
+        self.members = np.split(order, np.flatnonzero(np.diff(pids[order])) + 1)  # indices per id
         if len(self.members) < max(num_ids, 2):
             raise InputError(f"a batch needs {max(num_ids, 2)} identities, the training set has "
-                             f"{len(self.members) if len(pids) else 0}; --ids sets how many, 2 at least")
+                             f"{len(self.members) if len(pids) else 0}; "
+                             f"--ids sets how many, 2 at least")
         if num_ids % world:
-            raise InputError(f"{num_ids} identities per batch cannot be shared by {world} processes")
+            raise InputError(f"{num_ids} identities per batch cannot be shared "
+                             f"by {world} processes")
         groups = np.array([-(-len(m) // num_images) for m in self.members])
         self.length = int(max(groups.max(), -(-groups.sum() // num_ids)))
 
@@ -578,7 +593,7 @@ class PKSampler:
     def __iter__(self):
         rng = np.random.default_rng([self.seed, self.epoch])
         groups = []
-        for members in self.members:  # np.resize repeats from the start until the last group is full
+        for members in self.members:  # np.resize repeats from the start to fill the last group
             shuffled = rng.permutation(members)
             groups.append(list(np.resize(shuffled, (-(-len(shuffled) // self.K), self.K))))
         left = np.array([len(g) for g in groups])
@@ -606,7 +621,7 @@ class PKSampler:
 
 
 def step_generator(*key: int, device: str | torch.device = "cpu") -> torch.Generator:
-    """A generator that depends on the key alone, e.g. (seed, step): resuming needs no stored state."""
+    """A generator set by the key alone, e.g. (seed, step): resuming needs no stored state."""
     state = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
     return torch.Generator(device).manual_seed(state)
 
@@ -654,7 +669,7 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
 
 class FineTuneTransform:
-    """Flip, pad + random crop, normalise, random erasing: uint8 (B, 3, H, W) -> float32, same shape.
+    """Flip, pad + random crop, normalise, random erasing: uint8 -> float32, both (B, 3, H, W).
 
     In the order of the reference pipeline (PersonViT's fine-tuning; images come resized):
     flip with probability 0.5; pad 10 black pixels, crop back at a random place; normalise; with
@@ -684,7 +699,7 @@ class FineTuneTransform:
     def flip_and_crop(self, images: Tensor, flip: Tensor, top: Tensor, left: Tensor) -> Tensor:
         B, _, H, W = images.shape
         flip, top, left = (t.to(images.device, non_blocking=True) for t in (flip, top, left))
-        images = F.pad(images, [self.pad] * 4)                               # (B, 3, H + 20, W + 20)
+        images = F.pad(images, [self.pad] * 4)                               # (B, 3, H+20, W+20)
         rows = top[:, None] + torch.arange(H, device=images.device)          # (B, H)
         columns = left[:, None] + torch.arange(W, device=images.device)      # (B, W)
         last = images.shape[-1] - 1
@@ -709,7 +724,8 @@ class FineTuneTransform:
 # ---------------------------------------------------------------------------------------------
 
 
-def resize_matrix(start: Tensor, length: Tensor, n: int, out: int, flip: Tensor | None = None) -> Tensor:
+def resize_matrix(start: Tensor, length: Tensor, n: int, out: int,
+                  flip: Tensor | None = None) -> Tensor:
     """Bicubic, antialiased resampling of [start, start + length) of n pixels to `out`, as matrices.
 
     start, length (B,) -> (B, out, n), rows summing to 1; flip (B,) reverses the result. A resize is
@@ -718,7 +734,7 @@ def resize_matrix(start: Tensor, length: Tensor, n: int, out: int, flip: Tensor 
     """
     start, length = start[:, None, None], length[:, None, None]
     scale = length / out
-    wide = scale.clamp(min=1)                                                # antialias when shrinking
+    wide = scale.clamp(min=1)                                                # shrinking: antialias
     centre = start + (torch.arange(out, device=start.device)[None, :, None] + 0.5) * scale
     pixel = torch.arange(n, device=start.device)[None, None, :] + 0.5
     x = ((pixel - centre) / wide).abs()                                      # (B, out, n)
@@ -764,7 +780,7 @@ def shift_hue(images: Tensor, turn: Tensor) -> Tensor:
 
 def colour_jitter(images: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor,
                   hue: Tensor, order: Sequence[int]) -> Tensor:
-    """Each (B, 1, 1, 1); 1, 1, 1, 0 leaves an image alone. Images in [0, 1], `order` of the four."""
+    """Each (B, 1, 1, 1); 1, 1, 1, 0 changes nothing. Images in [0, 1], `order` of the four."""
     def blend(other, factor):
         return (other + factor * (images - other)).clamp(0, 1)
 
@@ -815,7 +831,7 @@ class MultiCrop:
         B, _, H, W = x.shape
         aspect = (1 / self.aspect[1], 1 / self.aspect[0])                    # height / width
         top, left, h, w, found = draws.rectangles(H, W, scale, aspect, whole=True)
-        top, left = top * found, left * found                                # none fits: the whole image
+        top, left = top * found, left * found                                # no fit: whole image
         h, w = torch.where(found, h, H), torch.where(found, w, W)
         flip, jitter, colourless, blurred, inverted = (
             draws.chance(p) for p in (0.5, 0.8, 0.2, blur, solarize))
@@ -828,11 +844,13 @@ class MultiCrop:
         rows, columns = resize_matrix(top, h, H, size[0]), resize_matrix(left, w, W, size[1], flip)
         x = (rows[:, None] @ x @ columns[:, None].mT).clamp(0, 1)            # (B, 3, *size)
         change = change[:, :, None, None, None]                              # (B, 4, 1, 1, 1)
-        x = colour_jitter(x, 1 + change[:, 0], 1 + change[:, 1], 1 + change[:, 2], change[:, 3], order)
+        x = colour_jitter(x, 1 + change[:, 0], 1 + change[:, 1], 1 + change[:, 2],
+                          change[:, 3], order)
         x = torch.where(colourless[:, None, None, None], grey(x), x)
         x = blur_matrix(sigma, size[0])[:, None] @ x @ blur_matrix(sigma, size[1])[:, None].mT
         x = torch.where(inverted[:, None, None, None] & (x >= 0.5), 1 - x, x)  # solarise
-        mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+        mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1)
+                     for v in (IMAGENET_MEAN, IMAGENET_STD))
         return (x - mean) / std
 
 
@@ -845,8 +863,8 @@ class ShuffleSampler:
 
     def __init__(self, n: int, batch_size: int, seed: int = 0, rank: int = 0, world: int = 1):
         if n < batch_size * world:
-            raise InputError(f"a batch of {batch_size * world} needs that many images, the set has {n}; "
-                             f"use a smaller --batch")
+            raise InputError(f"a batch of {batch_size * world} needs that many images, "
+                             f"the set has {n}; use a smaller --batch")
         self.n, self.batch, self.seed, self.rank, self.world = n, batch_size, seed, rank, world
         self.epoch = 0
 
@@ -866,10 +884,12 @@ class ShuffleSampler:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Count a dataset, or draw synthetic people.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--dataset", help="a known set or any folder: counts beside the published ones")
+    parser.add_argument("--dataset",
+                        help="a known set or any folder: counts beside the published ones")
     parser.add_argument("--data-root", default="data", help="folder that holds the datasets")
     parser.add_argument("--train-only", action="store_true", help="MSMT17 without its val list")
-    parser.add_argument("--synthetic", metavar="DIR", help="draw the synthetic people into this folder")
+    parser.add_argument("--synthetic", metavar="DIR",
+                        help="draw the synthetic people into this folder")
     return parser
 
 

@@ -40,7 +40,7 @@ from data import (NAMES, InputError, Record, closest, command_line, load_dataset
 # The model that is fine-tuned and evaluated
 # ---------------------------------------------------------------------------------------------
 
-ARCHS = ("vit_tiny", "vit_small", "vit_base", "resnet_tiny", "resnet50")
+ARCHS = ("vit_mini", "vit_tiny", "vit_small", "vit_base", "resnet_tiny", "resnet50")
 
 
 def build_backbone(arch: str, size: tuple[int, int] = (256, 128), drop_path: float = 0.0,
@@ -50,7 +50,8 @@ def build_backbone(arch: str, size: tuple[int, int] = (256, 128), drop_path: flo
     Raises InputError for an unknown name and a size without a single patch.
     """
     if arch not in ARCHS:
-        raise InputError(f"no architecture is called {arch!r}; did you mean {closest(arch, ARCHS)}?")
+        raise InputError(f"no architecture is called {arch!r}; "
+                         f"did you mean {closest(arch, ARCHS)}?")
     if arch.startswith("resnet"):
         return getattr(upreid, arch)(last_stride)
     try:
@@ -60,8 +61,8 @@ def build_backbone(arch: str, size: tuple[int, int] = (256, 128), drop_path: flo
 
 
 class ReIDModel(nn.Module):
-    """Backbone, BNNeck, classifier: images (B, 3, H, W) -> in training scores (B, num_ids) and feature
-    (B, D), in evaluation the feature, taken before the neck [PersonViT code] or after it [BoT].
+    """Backbone, BNNeck, classifier: images (B, 3, H, W) -> in training scores (B, num_ids) and
+    feature (B, D), in evaluation the feature before [PersonViT code] or after the neck [BoT].
 
     The two losses disagree on what a feature is: the triplet loss wants distances, the classifier
     angles; with a batch norm between them each has a space of its own. State keys base.*,
@@ -140,8 +141,9 @@ def source_grid(content: dict, pos_embed: Tensor, patch: int, path) -> tuple[int
         columns = math.isqrt(max(n, 0) // 2)
         rows = 2 * columns
     if n < 1 or rows * columns != n:
-        raise InputError(f"{path}: pos_embed of shape {tuple(pos_embed.shape)} fits neither a square nor "
-                         f"a 2:1 grid of patches after one [CLS] token; nothing was loaded")
+        raise InputError(f"{path}: pos_embed of shape {tuple(pos_embed.shape)} fits neither "
+                         f"a square nor a 2:1 grid of patches after one [CLS] token; "
+                         f"nothing was loaded")
     return rows, columns
 
 
@@ -159,21 +161,25 @@ def load_weights(path: str | Path, backbone: nn.Module) -> str:
         grid = source_grid(content, state["pos_embed"], backbone.patch_size, path)
         if grid != backbone.grid and state["pos_embed"].shape[2] == backbone.embed_dim:
             resized = "pos_embed {}x{} -> {}x{}".format(*grid, *backbone.grid)
-            state["pos_embed"] = personvit.resize_pos_embed(state["pos_embed"].float(), grid, backbone.grid)
+            state["pos_embed"] = personvit.resize_pos_embed(
+                state["pos_embed"].float(), grid, backbone.grid)
     # old files lack the counter of batch norm, which only an average over all steps would read
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
     wrong = [k for k in own if k in state and state[k].shape != own[k].shape]
     dropped = [k for k in state if k not in own]
     deeper = [k for k in dropped if k.startswith(("blocks.", "layer"))]
     if missing or wrong or deeper:
-        kind = next((name for key, name in (("cls_token", "a ViT"), ("layer1.0.conv1.weight", "a ResNet"))
-                     if key in state), "unknown")
+        kinds = (("cls_token", "a ViT"), ("layer1.0.conv1.weight", "a ResNet"))
+        kind = next((name for key, name in kinds if key in state), "unknown")
         example = (f"missing {missing[0]}" if missing else f"too many: {deeper[0]}" if deeper else
-                   f"{wrong[0]} is {tuple(state[wrong[0]].shape)}, not {tuple(own[wrong[0]].shape)}")
-        raise InputError(f"{path}: weights of another architecture: {len(missing)} of {len(own)} backbone "
-                         f"weights missing, {len(wrong)} of another shape, {len(deeper)} of blocks that "
-                         f"this one lacks ({example}); the file's backbone: {kind}. Choose --arch to "
-                         f"match; nothing was loaded")
+                   f"{wrong[0]} is {tuple(state[wrong[0]].shape)}, "
+                   f"not {tuple(own[wrong[0]].shape)}")
+        raise InputError(f"{path}: weights of another architecture: "
+                         f"{len(missing)} of {len(own)} backbone weights missing, "
+                         f"{len(wrong)} of another shape, "
+                         f"{len(deeper)} of blocks that this one lacks ({example}); "
+                         f"the file's backbone: {kind}. "
+                         f"Choose --arch to match; nothing was loaded")
     filled = {k: state[k] for k in own if k in state}
     bad = [k for k, v in filled.items() if v.is_complex() or v.is_meta or not v.isfinite().all()]
     if bad:
@@ -188,8 +194,8 @@ def load_model(path: str | Path) -> tuple[ReIDModel, dict]:
     """A fine-tuned model of train.py with its recipe: how to resize, normalise, read features."""
     content = read_checkpoint(path)
     if content.get("format") != "reid-model":
-        raise InputError(f"{path}: not a model.pth of train.py, so nothing says how to read images for "
-                         f"it; fine-tune first: python train.py --weights {path}")
+        raise InputError(f"{path}: not a model.pth of train.py, so nothing says how to read "
+                         f"images for it; fine-tune first: python train.py --weights {path}")
     try:
         recipe = content["recipe"]
         backbone = build_backbone(recipe["arch"], tuple(recipe["size"]), 0.0, recipe["last_stride"])
@@ -207,7 +213,7 @@ def load_model(path: str | Path) -> tuple[ReIDModel, dict]:
 
 class EvalImages(torch.utils.data.Dataset):
     """Item i: uint8 image (3, H, W), resized bilinearly as in the reference code, and a number made
-    of the file's bytes. A broken file is an error: with images left out it would be another test."""
+    of the file's bytes. A broken file is an error: leaving it out would make another test."""
 
     def __init__(self, records: list[Record], size: tuple[int, int]):
         self.records, self.size = records, size
@@ -280,7 +286,7 @@ def colour_histograms(records: list[Record], size=(128, 64), bins: int = 8) -> T
 class RankResult:
     """cmc (max_rank,): cmc[k-1] = CMC@k. mAP in [0, 1] by the convention `ap`; mAPs holds both.
 
-    valid of total queries had a right answer in the gallery. AP (total,): per query, NaN if invalid.
+    valid of total queries had a right answer in the gallery. AP (total,) by query, NaN if invalid.
     """
 
     cmc: np.ndarray
@@ -292,7 +298,8 @@ class RankResult:
     AP: np.ndarray
 
     def __str__(self) -> str:
-        rank = "  ".join(f"rank-{k} {self.cmc[k - 1]:.2%}" for k in (1, 5, 10) if k <= len(self.cmc))
+        rank = "  ".join(f"rank-{k} {self.cmc[k - 1]:.2%}"
+                         for k in (1, 5, 10) if k <= len(self.cmc))
         other = "market" if self.ap == "step" else "step"
         return (f"mAP {self.mAP:.2%} ({self.ap}; {other} {self.mAPs[other]:.2%})  {rank}  "
                 f"valid queries {self.valid}/{self.total}")
@@ -327,7 +334,7 @@ def as_ids(values) -> Tensor:
 
 
 def count_before(dist: Tensor, columns: Tensor, match: Tensor, same: Tensor, tie: float) -> Tensor:
-    """0-based rank of every right answer, nearest first: (B, W), meaningless beyond a row's matches.
+    """0-based rank of every right answer, nearest first: (B, W), meaningless past a row's matches.
 
     dist (B, G), overwritten; columns, match, same as from `Gallery.split`. Nothing is sorted but
     the few right answers: the j-th of them has rank j + the number of other people's images that
@@ -371,21 +378,23 @@ def accumulate(chunks, query: Labels, gallery: Labels, max_rank: int, ap: str,
     q_pids, q_camids = as_ids(query.pids), as_ids(query.camids)
     q_images = None if query.images is None else as_ids(query.images)
     total, start, cmc = len(q_pids), 0, torch.zeros(max_rank, dtype=torch.float64)
-    APs = {name: torch.full((total,), torch.nan, dtype=torch.float64) for name in ("step", "market")}
+    APs = {name: torch.full((total,), torch.nan, dtype=torch.float64)
+           for name in ("step", "market")}
     for dist in chunks:
         part = slice(start, start + len(dist))
         start += len(dist)
         if not dist.isfinite().all():
             raise InputError("distances hold NaN or infinity: a ranking of them means nothing")
-        split = lookup.split(q_pids[part], q_camids[part], None if q_images is None else q_images[part])
+        split = lookup.split(q_pids[part], q_camids[part],
+                             None if q_images is None else q_images[part])
         columns, match, same = (t.to(dist.device) for t in split)
         rank = count_before(dist, columns, match, same, tie).cpu()           # (B, W)
         R = match.sum(1).cpu()                                               # (B,) right answers
         j = torch.arange(rank.shape[1])
         hit = j < R[:, None]                                                 # (B, W)
         p, j = rank.double(), j.double()
-        new = (j + 1) / (p + 1)                                              # precision with the hit
-        old = torch.where(p > 0, j / p.clamp(min=1), 1.0)                    # ... and just before it
+        new = (j + 1) / (p + 1)                                              # precision at the hit
+        old = torch.where(p > 0, j / p.clamp(min=1), 1.0)                    # ... and just before
         for name, precision in (("step", new), ("market", (old + new) / 2)):
             APs[name][part] = (precision * hit).sum(1) / R                   # 0/0 = NaN: invalid
         first = rank[R > 0, 0]
@@ -394,15 +403,17 @@ def accumulate(chunks, query: Labels, gallery: Labels, max_rank: int, ap: str,
     if not valid:
         raise InputError(explain_no_valid(q_pids, lookup))
     mAPs = {name: float(values.nanmean()) for name, values in APs.items()}
-    return RankResult((cmc.cumsum(0) / valid).numpy(), mAPs[ap], valid, total, ap, mAPs, APs[ap].numpy())
+    return RankResult((cmc.cumsum(0) / valid).numpy(), mAPs[ap], valid, total, ap, mAPs,
+                      APs[ap].numpy())
 
 
 def explain_no_valid(q_pids: Tensor, gallery: Gallery) -> str:
     absent = int((~torch.isin(q_pids, gallery.pids)).sum())
-    return (f"no query has a right answer in the gallery: of {len(q_pids)} queries, {absent} have an id "
-            f"that is not in the gallery, {len(q_pids) - absent} have it only by the query's own "
-            f"camera (or as the same image). If the camera ids mean nothing, --cams none excludes "
-            f"only the query image itself; if ids differ, are query and gallery of one set?")
+    return (f"no query has a right answer in the gallery: of {len(q_pids)} queries, "
+            f"{absent} have an id that is not in the gallery, {len(q_pids) - absent} have it only "
+            f"by the query's own camera (or as the same image). If the camera ids mean nothing, "
+            f"--cams none excludes only the query image itself; if ids differ, "
+            f"are query and gallery of one set?")
 
 
 def cmc_map(distmat, q_pids, g_pids, q_camids, g_camids, max_rank: int = 50, ap: str = "step",
@@ -410,21 +421,23 @@ def cmc_map(distmat, q_pids, g_pids, q_camids, g_camids, max_rank: int = 50, ap:
     """CMC and mAP of a distance matrix (Q, G), smaller = more alike; ids and cameras (Q,) and (G,).
 
     ap="step": AP = mean of precision@rank over the right answers (PersonViT, TransReID, fast-reid,
-    torchreid). ap="market": the trapezoid of Market-1501's MATLAB code, mean of the precision before
-    and at each right answer; never higher. Images of the query's id by the query's camera are left
-    out, as are, when image numbers are given, images of its id with its number; distractors (id 0)
-    stay; ties count against the query. Raises InputError (a ValueError) for distances that are not
-    finite, sizes that do not agree and when no query has a right answer.
+    torchreid). ap="market": the trapezoid of Market-1501's MATLAB code, mean of the precision
+    before and at each right answer; never higher. Images of the query's id by the query's camera
+    are left out, as are, when image numbers are given, images of its id with its number;
+    distractors (id 0) stay; ties count against the query. Raises InputError (a ValueError) for
+    distances that are not finite, sizes that do not agree and when no query has a right answer.
 
     >>> hits_at = [1, 1, 0, 1, 0, 0, 1]                      # one query, a gallery already in order
     >>> result = cmc_map([[1, 2, 3, 4, 5, 6, 7]], [1], hits_at, [0], [1] * 7)
     >>> round(result.mAPs["step"], 4), round(result.mAPs["market"], 4)
     (0.8304, 0.811)
     """
-    dist = torch.as_tensor(np.ascontiguousarray(distmat) if not isinstance(distmat, Tensor) else distmat)
+    dist = torch.as_tensor(
+        np.ascontiguousarray(distmat) if not isinstance(distmat, Tensor) else distmat)
     dist = dist if dist.is_floating_point() else dist.double()
     if dist.ndim != 2:
-        raise InputError(f"distances are a matrix (queries, gallery), not of shape {tuple(dist.shape)}")
+        raise InputError(f"distances are a matrix (queries, gallery), "
+                         f"not of shape {tuple(dist.shape)}")
     query, gallery = Labels(q_pids, q_camids, q_images), Labels(g_pids, g_camids, g_images)
     query.check(len(dist), "query")
     gallery.check(dist.shape[1], "gallery")
@@ -432,7 +445,7 @@ def cmc_map(distmat, q_pids, g_pids, q_camids, g_camids, max_rank: int = 50, ap:
     return accumulate(chunks, query, gallery, max_rank, ap, tie=0.0)
 
 
-TIE = 1e-6  # similarities of unit vectors closer than this are equal: float32 rounds a dot product so
+TIE = 1e-6  # closer similarities of unit vectors are equal: float32 rounds a dot product so
 
 
 def rank_features(q_feats, q_pids, q_camids, g_feats, g_pids, g_camids, max_rank: int = 50,
@@ -446,11 +459,12 @@ def rank_features(q_feats, q_pids, q_camids, g_feats, g_pids, g_camids, max_rank
     query, gallery = Labels(q_pids, q_camids, q_images), Labels(g_pids, g_camids, g_images)
     for feats, labels, side in ((q_feats, query, "query"), (g_feats, gallery, "gallery")):
         if feats.ndim != 2 or feats.shape[1] != q_feats.shape[-1]:
-            raise InputError(f"{side} features of shape {tuple(feats.shape)} beside query features of "
-                             f"shape {tuple(q_feats.shape)}")
+            raise InputError(f"{side} features of shape {tuple(feats.shape)} "
+                             f"beside query features of shape {tuple(q_feats.shape)}")
         labels.check(len(feats), side)
         if not feats.isfinite().all():
-            raise InputError(f"{side} features hold NaN or infinity: a ranking of them means nothing")
+            raise InputError(f"{side} features hold NaN or infinity: "
+                             f"a ranking of them means nothing")
         if (feats.norm(dim=1) - 1).abs().max() > 1e-3:
             raise InputError(f"{side} features are not of length 1; L2-normalise them first")
     chunks = ((-q) @ g_feats.T for q in q_feats.split(chunk))
@@ -474,12 +488,12 @@ def evaluate(model: nn.Module, dataset, recipe: dict, ap: str = "step", use_came
     use_cameras=False: exclude nothing but the query image itself.
     """
     if not dataset.query or not dataset.gallery:
-        raise InputError(f"{dataset.name} has {len(dataset.query)} query and {len(dataset.gallery)} "
-                         f"gallery images; both are needed to evaluate")
+        raise InputError(f"{dataset.name} has {len(dataset.query)} query and "
+                         f"{len(dataset.gallery)} gallery images; both are needed to evaluate")
     splits = []
     for records in (dataset.query, dataset.gallery):
-        feats, images = extract(model, records, tuple(recipe["size"]), recipe["mean"], recipe["std"],
-                                **extract_args)
+        feats, images = extract(model, records, tuple(recipe["size"]), recipe["mean"],
+                                recipe["std"], **extract_args)
         # without cameras, an image is its own camera: "same camera" then excludes the image alone
         camids = [r.camid for r in records] if use_cameras else images.tolist()
         splits.append(Features(feats, images, [r.pid for r in records], camids))
@@ -503,7 +517,7 @@ def filtered_ranking(q: Features, g: Features, i: int) -> tuple[Tensor, Tensor]:
     own = as_ids(g.pids) == q.pids[i]
     junk = own & ((as_ids(g.camids) == q.camids[i]) | (g.images == q.images[i]))
     distance = torch.where(own, -similarity + TIE, -similarity)              # as in `count_before`
-    order = torch.argsort(own.int(), stable=True)                            # wrong answers first ...
+    order = torch.argsort(own.int(), stable=True)                            # wrong ones first ...
     order = order[torch.argsort(distance[order], stable=True)]               # ... among equals
     order = order[~junk[order]]
     return order, similarity[order]
@@ -517,7 +531,8 @@ def draw_ranks(file: str | Path, dataset, q: Features, g: Features, rows: int = 
     are spread evenly over all valid queries: a picture of the best ones only would be a lie.
     """
     pids = as_ids(g.pids)
-    valid = [i for i in range(len(q.pids)) if (pids[filtered_ranking(q, g, i)[0]] == q.pids[i]).any()]
+    valid = [i for i in range(len(q.pids))
+             if (pids[filtered_ranking(q, g, i)[0]] == q.pids[i]).any()]
     rows = min(rows, len(valid))
     chosen = [valid[k * len(valid) // rows] for k in range(rows)]
     w, h, gap, label, head = 64, 128, 14, 16, 44
@@ -525,7 +540,8 @@ def draw_ranks(file: str | Path, dataset, q: Features, g: Features, rows: int = 
     picture = Image.new("RGB", (width, height), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
     draw.text((gap, 6), "query", INK, font)
-    draw.text((3 * gap + w, 6), f"{dataset.name}: nearest {columns} of {len(g.pids):,} gallery images; "
+    draw.text((3 * gap + w, 6),
+              f"{dataset.name}: nearest {columns} of {len(g.pids):,} gallery images; "
               "same person by the same camera left out", INK, font)
     for color, name, x in ((GREEN, "same person", 3 * gap + w), (RED, "another person", 230)):
         draw.rectangle((x, 27, x + 10, 37), outline=color, width=3)
@@ -592,8 +608,9 @@ def main() -> None:
         raise InputError(f"{args.ranks} exists; --overwrite replaces it")
     model, recipe = load_model(args.weights)
     dataset = load_dataset(args.dataset, args.data_root)
-    print(f"{args.weights}: {recipe['arch']} at {recipe['size'][0]}x{recipe['size'][1]}, feature "
-          f"{recipe['neck_feat']} the neck, L2-normalised, mean {recipe['mean']}, std {recipe['std']}")
+    print(f"{args.weights}: {recipe['arch']} at {recipe['size'][0]}x{recipe['size'][1]}, "
+          f"feature {recipe['neck_feat']} the neck, L2-normalised, "
+          f"mean {recipe['mean']}, std {recipe['std']}")
     result, q, g = evaluate(model.to(args.device), dataset, recipe, args.ap, args.cams == "file",
                             batch_size=args.batch_size, workers=args.workers, device=args.device,
                             bf16=args.bf16)

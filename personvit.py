@@ -1,17 +1,23 @@
-"""The Vision Transformer of PersonViT (arXiv 2408.05398), written out; the objective will join it here.
+"""PersonViT (arXiv 2408.05398): a plain ViT, pre-trained on unlabelled crops of people.
 
-PersonViT pre-trains a plain ViT on unlabelled crops of people, with self-distillation of the [CLS]
-token (DINO) and of masked patches (iBOT), then fine-tunes it for ReID. This file has the network:
+Two networks of one shape look at the same people. The student learns to say what the teacher says,
+about whole people it sees in other crops (DINO), and about patches it is not shown (iBOT). The
+teacher is a moving average of the student; nobody else teaches.
 
-    x       person image                       (B, 3, H, W)       H x W = 256 x 128
-    tokens  [CLS] and N patches                (B, 1 + N, D)      N = 16 x 8, a tall grid
-    f       [CLS] after the last LayerNorm     (B, D)             what the ReID losses and the ranking use
+    x        person image, 2 global and L local crops   (B, 3, H, W)    H x W = 256 x 128
+    tokens   [CLS] and N patches of a view              (B, 1 + N, D)   N = 16 x 8, a tall grid
+    s, t     student's and teacher's scores             (B, K)          K prototypes
+    L_cls    cross-entropy t -> s of [CLS], across different views               [PersonViT Eq. 4]
+    L_patch  cross-entropy t -> s of patches hidden from the student, same view  [PersonViT Eq. 7]
+    L      = L_cls + L_patch                                                     [PersonViT Eq. 8]
 
-What differs from the ViT one meets in an ImageNet course: the patch grid is a rectangle (code that
-takes sqrt(N) breaks on people), patches may overlap (`stride` < `patch_size`, as in TransReID), and
-position embeddings are carried from grid to grid by `resize_pos_embed`. Parameter names are timm's,
-shared by DINO, iBOT, TransReID and PersonViT, so that their files load as they are. Read
-`VisionTransformer.forward_features` first.
+The paper has no public pre-training code; equations and structure are read from notes on it, the
+details from iBOT's code, tagged [iBOT], and equal recorded steps of that code (tests/golden). The
+exported feature is the teacher's [CLS]. What differs from the ViT of an ImageNet course: the grid
+is a rectangle (code that takes sqrt(N) breaks on people) and patches may overlap (`stride`).
+Parameter names are timm's, as in DINO, iBOT, TransReID, so that their files load.
+
+Read `VisionTransformer.forward_features`, then `PersonViT.forward`.
 """
 
 import copy
@@ -33,8 +39,7 @@ def resize_pos_embed(pos_embed: Tensor, source_grid: tuple[int, int], target_gri
     Grids are (rows, columns). The [CLS] position is kept; equal grids return the input itself.
     Raises ValueError when the tokens do not fill source_grid. Source: TransReID's rule (bilinear).
 
-    >>> tall = resize_pos_embed(torch.randn(1, 1 + 14 * 14, 8), (14, 14), (16, 8))   # ImageNet -> people
-    >>> tall.shape
+    >>> resize_pos_embed(torch.randn(1, 197, 8), (14, 14), (16, 8)).shape      # ImageNet -> people
     torch.Size([1, 129, 8])
     """
     if tuple(source_grid) == tuple(target_grid):
@@ -45,7 +50,7 @@ def resize_pos_embed(pos_embed: Tensor, source_grid: tuple[int, int], target_gri
                          f"a {rows} x {columns} grid needs {rows * columns}")
     cls, grid = pos_embed[:, :1], pos_embed[:, 1:]
     grid = grid.reshape(1, rows, columns, D).permute(0, 3, 1, 2)               # (1, D, h, w)
-    # an explicit target size: DINO's scale factors round a row away for some sizes and need a "+0.1"
+    # an explicit size: DINO's scale factors round a row away at times, and need a "+0.1"
     grid = F.interpolate(grid, size=tuple(target_grid), mode=mode, align_corners=False)
     return torch.cat([cls, grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)     # (1, 1 + h' w', D)
 
@@ -65,7 +70,7 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, (B, N, D) -> (B, N, D). Source: Vaswani et al. 2017, in timm's names."""
+    """Multi-head self-attention, (B, N, D) -> (B, N, D). Source: Vaswani et al. 2017."""
 
     def __init__(self, embed_dim: int, num_heads: int):
         super().__init__()
@@ -83,7 +88,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with a GELU between, applied to every token alone: (B, N, D) -> (B, N, D)."""
+    """Two linear layers with a GELU between, on every token alone: (B, N, D) -> (B, N, D)."""
 
     def __init__(self, embed_dim: int, hidden_dim: int):
         super().__init__()
@@ -114,7 +119,7 @@ class Block(nn.Module):
             return branch
         keep = 1 - self.drop_path
         kept = torch.rand(len(branch), 1, 1, device=branch.device) < keep
-        return branch * (kept / keep).to(branch.dtype)          # / keep: the expectation stays the same
+        return branch * (kept / keep).to(branch.dtype)          # / keep: the mean stays the same
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop(self.attn(self.norm1(x)))
@@ -122,17 +127,17 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Plain ViT on a rectangular grid; forward maps (B, 3, H, W) to the [CLS] feature (B, embed_dim).
+    """Plain ViT on a rectangular grid; (B, 3, H, W) -> the [CLS] feature (B, embed_dim).
 
-    img_size: (height, width) the position embeddings belong to; other sizes work, the embeddings are
-    then interpolated on the fly. drop_path: rate of the last block, growing linearly from 0 at the
-    first (early blocks carry everything after them). Raises ValueError when no patch fits or the
-    heads do not divide embed_dim. Source: Dosovitskiy et al. 2021; names and LayerNorm eps as timm.
+    img_size: (height, width) the position embeddings belong to; at other sizes they are
+    interpolated. drop_path: rate of the last block, growing linearly from 0 at the first (early
+    blocks carry everything after them). Raises ValueError when no patch fits or the heads do not
+    divide embed_dim. Source: Dosovitskiy et al. 2021; names and LayerNorm eps as timm.
     """
 
     def __init__(self, img_size: tuple[int, int] = (256, 128), patch_size: int = 16,
-                 stride: int | None = None, embed_dim: int = 384, depth: int = 12, num_heads: int = 6,
-                 mlp_ratio: float = 4.0, drop_path: float = 0.0):
+                 stride: int | None = None, embed_dim: int = 384, depth: int = 12,
+                 num_heads: int = 6, mlp_ratio: float = 4.0, drop_path: float = 0.0):
         super().__init__()
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
@@ -156,7 +161,8 @@ class VisionTransformer(nn.Module):
         """Rows and columns of patches in an image of this size; pixels left over are not seen."""
         rows, columns = ((n - self.patch_size) // self.stride + 1 for n in (height, width))
         if min(rows, columns) < 1:
-            raise ValueError(f"an image of {height} x {width} holds no patch of {self.patch_size} pixels")
+            raise ValueError(f"an image of {height} x {width} pixels holds no patch of "
+                             f"{self.patch_size}")
         return rows, columns
 
     def forward_features(self, x: Tensor, mask: Tensor | None = None,
@@ -170,7 +176,8 @@ class VisionTransformer(nn.Module):
         grid = self.grid_of(H, W)
         patches = self.patch_embed(x).flatten(2).transpose(1, 2)        # (B, N, D), row by row
         if mask is not None:
-            patches = torch.where(mask.flatten(1)[:, :, None], mask_token.to(patches.dtype), patches)
+            hidden = mask.flatten(1)[:, :, None]                        # (B, N, 1)
+            patches = torch.where(hidden, mask_token.to(patches.dtype), patches)
         cls = self.cls_token.expand(B, -1, -1)                          # (B, 1, D)
         pos = resize_pos_embed(self.pos_embed, self.grid, grid)         # (1, 1 + N, D)
         x = torch.cat([cls, patches], dim=1) + pos                      # (B, 1 + N, D)
@@ -181,6 +188,11 @@ class VisionTransformer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[CLS] feature, not normalised: (B, 3, H, W) -> (B, D)."""
         return self.forward_features(x)[:, 0]
+
+
+def vit_mini(img_size: tuple[int, int] = (256, 128), **kwargs) -> VisionTransformer:
+    """Six blocks of width 128: trains on a laptop's CPU in minutes. [ours]"""
+    return VisionTransformer(img_size, embed_dim=128, depth=6, num_heads=4, **kwargs)
 
 
 def vit_tiny(img_size: tuple[int, int] = (256, 128), **kwargs) -> VisionTransformer:
@@ -221,7 +233,7 @@ def block_mask(height: int, width: int, ratio: float, generator: torch.Generator
         room, before = target - hidden, hidden
         for u in torch.rand(10, 4, generator=generator).tolist():    # ten tries to place one block
             area = smallest + (room - smallest) * u[0]
-            aspect = math.exp((2 * u[1] - 1) * math.log(1 / 0.3))    # height / width, 0.3 to 1 / 0.3
+            aspect = math.exp((2 * u[1] - 1) * math.log(1 / 0.3))    # height / width
             h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if h >= height or w >= width:
                 continue
@@ -259,7 +271,7 @@ class Prototypes(nn.Module):
 
     def __init__(self, dim: int, num_prototypes: int, norm_last_layer: bool):
         super().__init__()
-        self.weight_g = nn.Parameter(torch.ones(num_prototypes, 1), requires_grad=not norm_last_layer)
+        self.weight_g = nn.Parameter(torch.ones(num_prototypes, 1), not norm_last_layer)
         self.weight_v = nn.Parameter(torch.empty(num_prototypes, dim))
         nn.init.trunc_normal_(self.weight_v, std=0.02)
 
@@ -280,7 +292,8 @@ class ProjectionHead(nn.Module):
                  bottleneck: int = 256, shared: bool = True, norm_last_layer: bool = True):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(embed_dim, hidden), nn.GELU(),
-                                 nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck))
+                                 nn.Linear(hidden, hidden), nn.GELU(),
+                                 nn.Linear(hidden, bottleneck))
         for layer in self.mlp[::2]:
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
@@ -289,7 +302,7 @@ class ProjectionHead(nn.Module):
                                                                      norm_last_layer)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(..., D) -> unit vectors (..., bottleneck); the prototypes are applied where needed only."""
+        """(..., D) -> unit vectors (..., bottleneck); prototypes are applied where needed only."""
         return F.normalize(self.mlp(tokens).float(), dim=-1)
 
 
@@ -350,7 +363,7 @@ class PersonViT(nn.Module):
         self.student = nn.ModuleDict({"backbone": backbone, "head": head})
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         for block in self.teacher["backbone"].blocks:
-            block.drop_path = 0.0                                # the teacher sees with all its layers
+            block.drop_path = 0.0                                # the teacher uses all its layers
         self.mask_token = nn.Parameter(torch.zeros(1, D))        # the student's alone
         self.center_momentum = center_momentum
         for name in ("center", "patch_center", "new_center", "new_patch_center"):
@@ -361,8 +374,9 @@ class PersonViT(nn.Module):
                 student_temp: float = 0.1) -> dict[str, Tensor]:
         """Losses {"total", "cls", "patch"} and diagnostics of one batch, all scalars.
 
-        views: "globals" (2, B, 3, H, W), "locals" (L, B, 3, h, w), "masks" (2, B, rows, columns) on
-        the CPU, True = hidden: their number is needed there, and asking a GPU for it would stall it.
+        views: "globals" (G, B, 3, H, W), G = 2; "locals" (L, B, 3, h, w); "masks" (G, B, rows,
+        columns) on the CPU, True = hidden: their number is needed here, and asking a GPU for it
+        would stall the GPU. Temperatures as scheduled; K prototypes, V = G + L views.
         """
         masks = views["masks"].flatten(2)                                        # (2, B, N)
         G, B, N = masks.shape
@@ -383,42 +397,42 @@ class PersonViT(nn.Module):
 
     @torch.no_grad()
     def teach(self, views: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Teacher scores of whole views: [CLS] (G, B, K) and hidden patches (M, K), and the spread of
-        the features: 1 = even over the sphere, 0 = one point. Notes the mean scores."""
+        """Teacher's scores of whole views: [CLS] (G, B, K), hidden patches (M, K); and the spread
+        of its features: 1 = even over the sphere, 0 = one point. Notes the mean scores."""
         backbone, head = self.teacher["backbone"], self.teacher["head"]
-        tokens = backbone.forward_features(views.flatten(0, 1))                  # (G B, 1 + N, D)
-        feature = F.normalize(tokens[:, 0].float(), dim=1)
-        spread = feature.var(0).sum().sqrt()
-        z = head(tokens)                                                         # (G B, 1 + N, d)
-        cls, patches = head.last_layer(z[:, 0]), z[:, 1:].flatten(0, 1)          # (G B, K), (G B N, d)
+        tokens = backbone.forward_features(views.flatten(0, 1))              # (G B, 1 + N, D)
+        spread = F.normalize(tokens[:, 0].float(), dim=1).var(0).sum().sqrt()
+        z = head(tokens)                                                     # (G B, 1 + N, d)
+        cls, patches = head.last_layer(z[:, 0]), z[:, 1:].flatten(0, 1)      # (G B, K), (G B N, d)
         # the centre of patches is a mean over ALL of them; scores are linear in z, so the score of
         # the mean is the mean of the scores, and the other patches never meet the prototypes
-        mean = head.last_layer2(patches.mean(0, keepdim=True))                   # (1, K)
+        mean = head.last_layer2(patches.mean(0, keepdim=True))               # (1, K)
         self.new_center += gathered_mean(cls.mean(0))
         self.new_patch_center += gathered_mean(mean[0])
         self.forwards += 1
         return cls.unflatten(0, views.shape[:2]), head.last_layer2(patches[rows]), spread
 
     def study(self, views: dict[str, Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Student scores: [CLS] of masked global and whole local views (G + L, B, K), patches (M, K)."""
+        """Student's scores: [CLS] of masked global and whole local views (V, B, K), hidden patches
+        (M, K)."""
         backbone, head = self.student["backbone"], self.student["head"]
-        mask = views["masks"].flatten(0, 1).to(rows.device, non_blocking=True)   # (G B, rows, columns)
+        mask = views["masks"].flatten(0, 1).to(rows.device, non_blocking=True)
         tokens = backbone.forward_features(views["globals"].flatten(0, 1), mask, self.mask_token)
-        patches = head.last_layer2(head(tokens[:, 1:].flatten(0, 1)[rows]))
-        cls = [tokens[:, 0]]                                                     # also masked [iBOT]
+        patches = head.last_layer2(head(tokens[:, 1:].flatten(0, 1)[rows]))  # (M, K)
+        cls = [tokens[:, 0]]                                                 # also masked [iBOT]
         if len(views["locals"]):
-            cls.append(backbone(views["locals"].flatten(0, 1)))                  # (L B, D), never masked
-        cls = head.last_layer(head(torch.cat(cls)))
+            cls.append(backbone(views["locals"].flatten(0, 1)))             # (L B, D), never masked
+        cls = head.last_layer(head(torch.cat(cls)))                          # (V B, K)
         return cls.unflatten(0, (-1, views["globals"].shape[1])), patches
 
     @torch.no_grad()
     def diagnose(self, t_cls: Tensor, cls: Tensor) -> dict[str, Tensor]:
         """What tells learning from collapse; no host synchronisation.
 
-        entropy: of the teacher's answers, at most ln K. kl: teacher to student, the part of the loss
-        that can be learnt. information: how much an answer says about the image, entropy of the mean
-        answer - mean entropy; 0 when all images get the same answer, flat or sharp. prototypes:
-        how many are some image's favourite.
+        entropy: of the teacher's answers, at most ln K. kl: teacher to student, the part of the
+        loss that can be learnt. information: how much an answer says about the image, entropy of
+        the mean answer - mean entropy; 0 when all images get the same answer, flat or sharp.
+        prototypes: how many are some image's favourite.
         """
         entropy = torch.special.entr(t_cls).sum(-1).mean()
         information = torch.special.entr(t_cls.flatten(0, 1).mean(0)).sum() - entropy
@@ -428,11 +442,12 @@ class PersonViT(nn.Module):
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
-        """Once per optimiser step: teacher = m teacher + (1 - m) student, and the centres move on."""
+        """Once per optimiser step: teacher = m teacher + (1 - m) student; the centres move on."""
         t, s = list(self.teacher.parameters()), list(self.student.parameters())
         assert len(t) == len(s), "teacher and student are built alike"
         torch._foreach_lerp_(t, s, 1 - momentum)
-        for center, new in ((self.center, self.new_center), (self.patch_center, self.new_patch_center)):
+        for center, new in ((self.center, self.new_center),
+                            (self.patch_center, self.new_patch_center)):
             center.lerp_(new / self.forwards, 1 - self.center_momentum)
             new.zero_()
         self.forwards.zero_()
@@ -456,13 +471,13 @@ def gathered_mean(x: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":  # the file alone, in any folder: sizes, and one step on noise
-    for build in (vit_tiny, vit_small, vit_base):
+    for build in (vit_mini, vit_tiny, vit_small, vit_base):
         net = build().eval()
         images = torch.randn(2, 3, 256, 128)
         print(f"{build.__name__}: {sum(p.numel() for p in net.parameters()):,} parameters, images "
               f"{tuple(images.shape)} -> tokens {tuple(net.forward_features(images).shape)} -> "
               f"feature {tuple(net(images).shape)}")
-    model = PersonViT(vit_tiny(drop_path=0.1), num_prototypes=1024)
+    model = PersonViT(vit_mini(drop_path=0.1), num_prototypes=1024)
     noise = {"globals": torch.randn(2, 4, 3, 256, 128), "locals": torch.randn(3, 4, 3, 128, 64),
              "masks": draw_masks(8, 16, 8, torch.Generator().manual_seed(1)).unflatten(0, (2, 4))}
     losses = model(noise, teacher_temp=0.04, patch_temp=0.04)

@@ -1,12 +1,13 @@
-"""Synthetic people: seeded drawings of pedestrians, filed the way Market-1501 files its photographs.
+"""Synthetic people: seeded drawings of pedestrians, filed as Market-1501 files its photographs.
 
-No data set at hand, no GPU, no real person's privacy at stake: the demo, the tests and the exercises
-run on these. An identity is a body, skin, hair, clothes with patterns and prints, shoes, bag, hat; an
-image adds a pose, a view angle, a camera (background, colours, blur, noise), a sloppy detector's box
-and at times something in the way. People share a few garment colours, so a colour histogram does
-not find them again; prints, patterns and bags do. Every image is a function of (seed, identity,
-number) alone. Nothing else in the project needs to be read to understand this file, nor this file
-to understand anything else. Read `make_synthetic`, then `render`, then as deep as you like.
+No data set at hand, no GPU, no real person's privacy at stake: the demo, the tests and the
+exercises run on these. An identity is a body, skin, hair, clothes with patterns and prints,
+shoes, bag, hat; an image adds a pose, a view angle, a camera (background, colours, blur,
+noise), a sloppy detector's box and at times something in the way. People share a few garment
+colours, so a colour histogram does not find them again; prints, patterns and bags do. Every
+image is a function of (seed, identity, number) alone. Nothing else in the project needs to be
+read to understand this file, nor this file to understand anything else. Read `make_synthetic`,
+then `render`, then as deep as you like.
 """
 
 import functools
@@ -261,7 +262,8 @@ def make_camera(seed, number, size):
     pixels = np.where(np.arange(height)[:, None, None] < horizon, wall, floor)
     for cell, strength in ((4, rng.uniform(25, 45)), (80, 90)):  # rough plaster, then soft light
         grey = rng.integers(0, 256, (height // cell + 1, width // cell + 1), dtype=np.uint8)
-        grey = np.asarray(Image.fromarray(grey).resize((width, height), Image.Resampling.BICUBIC)) / 255 - .5
+        grey = Image.fromarray(grey).resize((width, height), Image.Resampling.BICUBIC)
+        grey = np.asarray(grey) / 255 - .5
         pixels = pixels + strength * grey[..., None] * rng.uniform(.8, 1.2, 3)
     scene = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
     draw, dark = ImageDraw.Draw(scene), tuple((wall * .6).astype(int).tolist())
@@ -312,7 +314,8 @@ def render(job):
     if rng.random() < .25:
         occlude(image, rng)
     # Halving the picture smooths its edges; then come the lens, the exposure and the sensor.
-    image = image.resize((width, height), Image.Resampling.BOX).filter(ImageFilter.GaussianBlur(camera.blur))
+    image = image.resize((width, height), Image.Resampling.BOX)
+    image = image.filter(ImageFilter.GaussianBlur(camera.blur))
     pixels = (np.asarray(image) / 255) ** (camera.gamma * rng.uniform(.9, 1.1))
     pixels = (.5 + (pixels - .5) * camera.contrast) * camera.gain * rng.normal(1, .05)
     pixels = np.clip(pixels + rng.normal(0, camera.noise, pixels.shape), 0, 1)

@@ -1,6 +1,6 @@
 """Training: the recipes, the losses of fine-tuning, both loops, the run folder.
 
-Fine-tuning for ReID. Images of P identities x K each -> backbone -> feature f -> BNNeck -> classifier
+Fine-tuning for ReID. P identities x K images -> backbone -> feature f -> BNNeck -> classifier
 
     L = cross-entropy(classifier(BN(f)), identity) + triplet(f)               weights 1 : 1
 
@@ -70,14 +70,14 @@ class Recipe:
     ids: int = option(16, "P, identities per batch", 2, 1e5)
     images: int = option(4, "K, images per identity", 1, 1e5)
     optimizer: str = option("sgd", "sgd has momentum 0.9", choices=("sgd", "adam", "adamw"))
-    lr: float = option(4e-4, "peak learning rate, made for batch 64 and pre-trained weights", 0, 1e3)
+    lr: float = option(4e-4, "peak learning rate, for batch 64 and pre-trained weights", 0, 1e3)
     bias_lr: float = option(2.0, "factor on the learning rate of biases", 0, 1e3)
     weight_decay: float = option(1e-4, "on every parameter", 0, 1e3)
     schedule: str = option("cosine", "steps: x 0.1 after 1/3 and 7/12 of the epochs",
                            choices=("cosine", "steps"))
     warmup: int = option(20, "epochs of linear warm-up from 1 %% of the rate", 0, 1e6)
     smoothing: float = option(0.0, "label smoothing of the cross-entropy", 0, 1)
-    margin: float | None = option(None, "triplet margin, or none: log(1 + exp(d_ap - d_an))", 0, 1e3)
+    margin: float | None = option(None, "of the triplet; none: log(1 + exp(d_ap - d_an))", 0, 1e3)
     drop_path: float = option(0.1, "stochastic depth of the last ViT block", 0, 0.99)
     last_stride: int = option(1, "stride of the last ResNet stage", choices=(1, 2))
     erase: str = option("noise", "what random erasing leaves", choices=("noise", "mean"))
@@ -90,11 +90,12 @@ class Recipe:
     @property
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and std of the normalisation, per RGB channel in [0, 1]."""
-        return {"half": ((0.5,) * 3, (0.5,) * 3), "imagenet": (IMAGENET_MEAN, IMAGENET_STD)}[self.norm]
+        half = (0.5, 0.5, 0.5)
+        return (half, half) if self.norm == "half" else (IMAGENET_MEAN, IMAGENET_STD)
 
 
-# "Bag of Tricks" for ResNet-50 (reid-strong-baseline): network, losses, neck and last stride are its
-# paper's; the numbers are from memory, to be checked against its configuration files. [BoT]
+# "Bag of Tricks" for ResNet-50 (reid-strong-baseline): network, losses, neck and last stride are
+# its paper's; the numbers are from memory, to be checked against its configuration files. [BoT]
 BAG_OF_TRICKS = dict(optimizer="adam", lr=3.5e-4, bias_lr=1.0, weight_decay=5e-4, schedule="steps",
                      warmup=10, smoothing=0.1, margin=0.3, erase="mean", norm="imagenet",
                      neck_feat="after")
@@ -104,7 +105,7 @@ LAPTOP = dict(size=(128, 64), epochs=24, optimizer="adamw", lr=1e-3, bias_lr=1.0
 
 
 def recipe_for(dataset: str, arch: str | None = None) -> Recipe:
-    """The fine-tuning recipe of a dataset and a backbone; arch=None takes the dataset's usual one."""
+    """The fine-tuning recipe of a dataset and a backbone; arch=None takes the usual one."""
     arch = arch or ("resnet_tiny" if dataset == "synthetic" else "vit_small")
     values = BAG_OF_TRICKS if arch.startswith("resnet") else {}
     if dataset == "synthetic":
@@ -120,7 +121,7 @@ class PersonViTRecipe:
     (`args`); these are iBOT's for ViT-S/16 unless another source is named."""
 
     arch: str = option("vit_small", "backbone [PersonViT]", choices=VITS)
-    size: tuple[int, int] = option((256, 128), "global crops; local ones: half [PersonViT]", 16, 4096)
+    size: tuple[int, int] = option((256, 128), "global crops; local: half [PersonViT]", 16, 4096)
     epochs: int = option(300, "passes over the images; released: 220, 260 [inferred]", 1, 1e6)
     batch: int = option(512, "images per step [ours]", 1, 1e6)
     lr: float = option(5e-4, "peak learning rate, times batch / 256 [iBOT]", 0, 1e3)
@@ -165,13 +166,14 @@ def pretrain_recipe_for(dataset: str, arch: str | None = None) -> PersonViTRecip
 def check_recipe(recipe) -> None:
     """Raise InputError, naming the flag, for a value that a field's `option` does not allow."""
     for field in dataclasses.fields(recipe):
-        flag, value, rule = "--" + field.name.replace("_", "-"), getattr(recipe, field.name), field.metadata
-        if rule["choices"] and value not in rule["choices"]:
-            names = [str(c) for c in rule["choices"]]
+        flag, value = "--" + field.name.replace("_", "-"), getattr(recipe, field.name)
+        low, high, choices = (field.metadata[key] for key in ("low", "high", "choices"))
+        if choices and value not in choices:
+            names = [str(c) for c in choices]
             raise InputError(f"{flag} {value}: did you mean {closest(str(value), names)}?")
         numbers = value if isinstance(value, tuple) else (value,)
-        if any(isinstance(v, (int, float)) and not rule["low"] <= v <= rule["high"] for v in numbers):
-            raise InputError(f"{flag} {value}: must lie between {rule['low']:g} and {rule['high']:g}")
+        if any(isinstance(v, (int, float)) and not low <= v <= high for v in numbers):
+            raise InputError(f"{flag} {value}: must lie between {low:g} and {high:g}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -189,7 +191,7 @@ def hardest(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     features = features.float()
     square = features.square().sum(1)
     dist = square[:, None] + square[None, :] - 2 * features @ features.T      # (B, B)
-    dist = dist.clamp(min=1e-12).sqrt()        # the clamp also keeps the root's gradient finite at 0
+    dist = dist.clamp(min=1e-12).sqrt()        # the clamp keeps the root's gradient finite at 0
     same = labels[:, None] == labels[None, :]
     if same.all():
         raise ValueError("batch-hard triplet loss needs at least two identities in a batch")
@@ -220,8 +222,8 @@ def cosine(t: float, start: float, end: float) -> float:
 def learning_rate(recipe: Recipe, epoch: int, scale: float = 1.0) -> float:
     """Learning rate of a 0-based epoch; scale multiplies the peak (biases).
 
-    Warm-up does not delay the cosine, it hides the curve's beginning; start and end are fractions of
-    the unscaled rate, for biases too [PersonViT code].
+    Warm-up does not delay the cosine, it hides the curve's beginning; start and end are fractions
+    of the unscaled rate, for biases too [PersonViT code].
     """
     peak, start, end = recipe.lr * scale, 0.01 * recipe.lr, 0.002 * recipe.lr
     if epoch < recipe.warmup:
@@ -240,18 +242,20 @@ def make_optimizer(recipe: Recipe, model: torch.nn.Module) -> torch.optim.Optimi
     kwargs = dict(lr=recipe.lr, weight_decay=recipe.weight_decay)
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=0.9, **kwargs)
-    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer](groups, **kwargs)
+    adam = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer]
+    return adam(groups, **kwargs)
 
 
 # ---------------------------------------------------------------------------------------------
 # The run folder
 # ---------------------------------------------------------------------------------------------
 
-RUN_FILES = ("recipe.json", "log.jsonl", "checkpoint.pth", "model.pth", "backbone.pth", "results.json")
+RUN_FILES = ("recipe.json", "log.jsonl", "checkpoint.pth", "model.pth", "backbone.pth",
+             "results.json")
 
 
 class Run:
-    """A folder that holds one run. Opening it only looks; `begin` writes, once all else is in order.
+    """A folder that holds one run. Opening it only looks; `begin` writes, once all is in order.
 
     Raises InputError for a folder that cannot be written, that holds another recipe, or files that
     are no run's, unless `overwrite` allows to start over.
@@ -271,8 +275,8 @@ class Run:
         if "recipe.json" in present and not overwrite:
             self.compare()
         elif present and not overwrite:
-            raise InputError(f"{folder} holds {', '.join(present)} of something else; choose another "
-                             f"folder with --out, or --overwrite to delete them")
+            raise InputError(f"{folder} holds {', '.join(present)} of something else; choose "
+                             f"another folder with --out, or --overwrite to delete them")
 
     def compare(self) -> None:
         try:
@@ -282,8 +286,9 @@ class Run:
         except (ValueError, AttributeError, OSError):
             changed = ["its recipe.json is damaged"]
         if changed:
-            raise InputError(f"{self.folder} holds a run with another recipe ({'; '.join(changed)}); "
-                             f"choose another folder with --out, or start over with --overwrite")
+            raise InputError(f"{self.folder} holds a run with another recipe "
+                             f"({'; '.join(changed)}); choose another folder with --out, or start "
+                             f"over with --overwrite")
 
     @contextlib.contextmanager
     def begin(self):
@@ -293,8 +298,8 @@ class Run:
                 try:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except OSError:
-                    raise InputError(f"another process is training in {self.folder}; wait for it, or "
-                                     f"choose another folder with --out") from None
+                    raise InputError(f"another process is training in {self.folder}; wait for "
+                                     f"it, or choose another folder with --out") from None
             if self.overwrite:
                 for path in (self.folder / name for name in RUN_FILES):
                     path.unlink(missing_ok=True)
@@ -324,12 +329,13 @@ class Run:
             print(f"going on at step {state['step']:,} from {path}", flush=True)
             return int(state["step"]), set(state["bad"])
         except (InputError, KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise InputError(f"{path} is damaged ({str(error)[:150]}); delete it to start from the first "
-                             f"step") from None
+            raise InputError(f"{path} is damaged ({str(error)[:150]}); delete it to start from "
+                             f"the first step") from None
 
     def log(self, **values) -> None:
         """One JSON object per line, to the screen and to log.jsonl."""
-        line = json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()})
+        line = json.dumps({k: float(f"{v:.5g}") if isinstance(v, float) else v
+                           for k, v in values.items()})
         print(line, flush=True)
         with open(self.folder / "log.jsonl", "a") as handle:
             handle.write(line + "\n")
@@ -346,7 +352,7 @@ class Run:
 
 @contextlib.contextmanager
 def stop_requests():
-    """Ctrl-C (or SIGTERM) asks the loop to stop between two steps; a second Ctrl-C kills at once."""
+    """Ctrl-C or SIGTERM asks the loop to stop between two steps; a second Ctrl-C kills at once."""
     asked: list[int] = []
 
     def handler(number, _):
@@ -398,10 +404,10 @@ def loop(run: Run, images: Images, sampler, recipe, parts: dict, take_step, mach
          after_epoch=None, collapsed=None) -> None:
     """Run take_step over all batches of all epochs, logging, saving, going on from a checkpoint.
 
-    take_step(step, x, used) -> scalars to log, "loss" among them, where x is the uint8 batch and
-    used the indices of its images. parts: whatever has a state_dict and belongs into the
-    checkpoint. after_epoch(epoch), 1-based. collapsed(values) -> bool looks at each log line. Raises InputError for a loss that is not finite, which
-    take_step finds out by `check_finite`, and for too many broken images.
+    take_step(step, x, used) -> scalars to log; x is the uint8 batch, used the indices of its
+    images. parts: whatever has a state_dict and belongs into the checkpoint. after_epoch(epoch),
+    1-based. collapsed(values) -> bool judges each log line. Raises InputError for too many broken
+    images; take_step does for a loss that is not finite (`check_finite`).
     """
     last, meter = recipe.epochs * len(sampler), Meter()
     with run.begin(), stop_requests() as stop:
@@ -424,11 +430,11 @@ def loop(run: Run, images: Images, sampler, recipe, parts: dict, take_step, mach
             if after_epoch and done % len(sampler) == 0:
                 after_epoch(done // len(sampler))
             if done % machine.save_every == 0 or done == last or stop:
-                run.save("checkpoint.pth", {
-                    "format": "reid-checkpoint", "step": done, "bad": sorted(bad),
-                    "log_size": run.log_size(), **{n: part.state_dict() for n, part in parts.items()}})
+                run.save("checkpoint.pth", {"format": "reid-checkpoint", "step": done,
+                                            "bad": sorted(bad), "log_size": run.log_size(),
+                                            **{n: p.state_dict() for n, p in parts.items()}})
             if stop:
-                sys.exit(f"stopped after step {done:,} of {last:,}; {run.folder / 'checkpoint.pth'} "
+                sys.exit(f"stopped after step {done:,} of {last:,}; {run.folder}/checkpoint.pth "
                          f"holds it, the same command goes on from there")
 
 
@@ -436,20 +442,20 @@ def check_finite(loss: Tensor, step: int, run: Run) -> None:
     """Called between forward and backward: a bad step stops before the weights are touched."""
     if not loss.isfinite():
         saved = run.folder / "checkpoint.pth"
-        last = f"the last good weights are in {saved}" if saved.exists() else "nothing was saved yet"
-        raise InputError(f"the loss is {loss.item()} at step {step}; {last}; a lower --lr or --no-bf16 may "
-                         f"help, with --overwrite or another --out")
+        last = f"the last good state is in {saved}" if saved.exists() else "nothing was saved yet"
+        raise InputError(f"the loss is {loss.item()} at step {step}; {last}; a lower --lr or "
+                         f"--no-bf16 may help, with --overwrite or another --out")
 
 
 def check_broken(bad: set[int], records) -> None:
     if len(bad) > 0.01 * len(records):
         names = ", ".join(records[i].path for i in sorted(bad)[:3])
-        raise InputError(f"{len(bad)} of {len(records)} training images cannot be read, more than 1 %: "
-                         f"{names}; the copy of the dataset is damaged")
+        raise InputError(f"{len(bad)} of {len(records)} training images cannot be read, more than "
+                         f"1 %: {names}; the copy of the dataset is damaged")
 
 
 class Meter:
-    """Means of the losses between two log lines, images per second, and the share of time waiting."""
+    """Means between two log lines, images per second, and the share of time spent waiting."""
 
     def __init__(self):
         self.reset()
@@ -479,7 +485,8 @@ class Meter:
         values = {name: float(total) / self.steps for name, total in self.sums.items()}
         seconds = time.perf_counter() - self.since
         left = seconds / self.steps * steps_left
-        values |= {"img_s": round(self.images / seconds, 1), "wait": round(self.waited / seconds, 3),
+        values |= {"img_s": round(self.images / seconds, 1),
+                   "wait": round(self.waited / seconds, 3),
                    "left": f"{int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d}"}
         self.reset()
         return values
@@ -490,7 +497,8 @@ class Meter:
 # ---------------------------------------------------------------------------------------------
 
 
-def fine_tune(recipe: Recipe, dataset, run: Run, weights: str | None, machine: Machine) -> ReIDModel:
+def fine_tune(recipe: Recipe, dataset, run: Run, weights: str | None,
+              machine: Machine) -> ReIDModel:
     """Fine-tune on dataset.train, going on from the run's checkpoint; the model, ready to evaluate.
 
     Raises InputError for too few identities, weights that do not fit, and as `loop` does.
@@ -521,8 +529,9 @@ def fine_tune(recipe: Recipe, dataset, run: Run, weights: str | None, machine: M
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return {"loss": loss, "id": id_loss, "triplet": triplet, "lr": optimizer.param_groups[0]["lr"],
-                "accuracy": (scores.argmax(1) == y).float().mean()}
+        return {"loss": loss, "id": id_loss, "triplet": triplet,
+                "accuracy": (scores.argmax(1) == y).float().mean(),
+                "lr": optimizer.param_groups[0]["lr"]}
 
     loop(run, Images(dataset.train, recipe.size), sampler, recipe,
          {"model": model, "optimizer": optimizer}, take_step, machine)
@@ -531,23 +540,25 @@ def fine_tune(recipe: Recipe, dataset, run: Run, weights: str | None, machine: M
 
 def fine_tune_and_evaluate(recipe: Recipe, dataset, out, overwrite: bool = False,
                            weights: str | None = None, machine: Machine = Machine()):
-    """One whole run: train, save model.pth, evaluate, save results.json; returns evaluate's triple."""
+    """One whole run: train, save model.pth, evaluate, save results.json; evaluate's triple."""
     nameless = [r.path for r in dataset.train[:1_000_000] if r.pid < 0]
     if nameless:
-        raise InputError(f"{dataset.name} has training images without identity, first {nameless[0]}; "
-                         f"fine-tuning needs names like 0002_c1; unlabelled crops serve --pretrain")
+        raise InputError(f"{dataset.name} has training images without identity, first "
+                         f"{nameless[0]}; fine-tuning needs names like 0002_c1, unlabelled crops "
+                         f"serve --pretrain")
     if weights and overwrite and Path(weights).resolve().parent == Path(out).resolve():
         raise InputError(f"--overwrite would delete {weights}; choose another folder with --out")
-    run, start = open_run(out, recipe, dataset, overwrite, machine, weights=weights), time.perf_counter()
-    print(f"  id loss of a network that knows nothing: ln({len({r.pid for r in dataset.train})}) = "
-          f"{math.log(len({r.pid for r in dataset.train}) or 1):.2f}", flush=True)
+    start, ids = time.perf_counter(), len({r.pid for r in dataset.train})
+    run = open_run(out, recipe, dataset, overwrite, machine, weights=weights)
+    print(f"  id loss of a network that knows nothing: ln({ids}) = {math.log(max(ids, 1)):.2f}")
     model = fine_tune(recipe, dataset, run, weights, machine)
     mean, std = recipe.statistics
-    stored = dataclasses.asdict(recipe) | {"mean": list(mean), "std": list(std), "dataset": dataset.name}
+    stored = dataclasses.asdict(recipe) | {"mean": list(mean), "std": list(std),
+                                           "dataset": dataset.name}
     run.save("model.pth", {"format": "reid-model", "recipe": stored,
                            "num_ids": model.classifier.out_features, "model": model.state_dict()})
     if not dataset.query:
-        print(f"saved {run.folder / 'model.pth'}; {dataset.name} has no queries: nothing to evaluate")
+        print(f"saved {run.folder}/model.pth; {dataset.name} has no queries to evaluate it with")
         return None
     result, q, g = evaluate(model, dataset, stored, workers=machine.workers, device=machine.device,
                             bf16=recipe.bf16)
@@ -567,7 +578,7 @@ def open_run(out, recipe, dataset, overwrite: bool, machine: Machine, **more) ->
                                               "data": dataset.fingerprint()}
     run = Run(out, described, overwrite)
     print(f"run {run.folder}: " + " ".join(f"{k}={v}" for k, v in described.items()))
-    print(f"  torch {torch.__version__}, {machine.device}, {torch.get_num_threads()} threads", flush=True)
+    print(f"  torch {torch.__version__}, {machine.device}, {torch.get_num_threads()} threads")
     return run
 
 
@@ -577,17 +588,18 @@ def open_run(out, recipe, dataset, overwrite: bool, machine: Machine, **more) ->
 
 
 def pretrain_schedule(recipe: PersonViTRecipe, step: int, epoch_steps: int) -> dict[str, float]:
-    """lr, weight_decay, momentum and teacher_temp of a 0-based step [iBOT: per step, not per epoch]."""
+    """lr, weight_decay, momentum, teacher_temp of a 0-based step [iBOT: per step, not epoch]."""
     steps, warmup = recipe.epochs * epoch_steps, recipe.warmup * epoch_steps
     peak = recipe.lr * recipe.batch / 256
     if step < warmup:  # iBOT's ramp reaches the peak on its last step
         lr = peak * step / max(warmup - 1, 1)
     else:
         lr = cosine((step - warmup) / max(steps - warmup, 1), peak, recipe.min_lr)
-    warm = min((step // epoch_steps) / max(recipe.temp_warmup - 1, 1), 1)
-    return {"lr": lr, "weight_decay": cosine(step / steps, recipe.weight_decay, recipe.weight_decay_end),
-            "momentum": cosine(step / steps, recipe.momentum, 1.0),
-            "teacher_temp": recipe.teacher_temp + warm * (recipe.teacher_temp_end - recipe.teacher_temp)}
+    warm = min((step // epoch_steps) / max(recipe.temp_warmup - 1, 1), 1)       # per epoch [iBOT]
+    t = step / steps
+    return {"lr": lr, "weight_decay": cosine(t, recipe.weight_decay, recipe.weight_decay_end),
+            "momentum": cosine(t, recipe.momentum, 1.0),
+            "teacher_temp": (1 - warm) * recipe.teacher_temp + warm * recipe.teacher_temp_end}
 
 
 def matrix_groups(model: torch.nn.Module) -> list[dict]:
@@ -616,10 +628,15 @@ def pretrain(recipe: PersonViTRecipe, dataset, run: Run, machine: Machine, keep_
     features is logged every `monitor_every` epochs. Raises InputError as `loop` does.
     """
     torch.manual_seed(recipe.seed)
+    if torch.device(machine.device).type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for the prototypes' float32 products
     sampler = ShuffleSampler(len(dataset.train), recipe.batch, recipe.seed)
     backbone = build_backbone(recipe.arch, recipe.size, recipe.drop_path)
-    model = PersonViT(backbone, recipe.prototypes, recipe.hidden, recipe.bottleneck, recipe.shared_head,
-                      recipe.norm_last_layer).to(machine.device).train()
+    if recipe.local_crops and min(recipe.size) // 2 < backbone.patch_size:
+        raise InputError(f"--size {recipe.size[0]}x{recipe.size[1]}: local crops, half as large, hold "
+                         f"no patch of {backbone.patch_size} pixels; use a larger size")
+    model = PersonViT(backbone, recipe.prototypes, recipe.hidden, recipe.bottleneck,
+                      recipe.shared_head, recipe.norm_last_layer).to(machine.device).train()
     optimizer = torch.optim.AdamW(matrix_groups(model), fused=True)
     multi_crop = MultiCrop(recipe.size, recipe.local_crops, recipe.global_scale, recipe.local_scale,
                            recipe.aspect)
@@ -631,7 +648,7 @@ def pretrain(recipe: PersonViTRecipe, dataset, run: Run, machine: Machine, keep_
         views = multi_crop(x, recipe.seed, step)
         masks = [draw_masks(2, *backbone.grid, step_generator(recipe.seed, step, 2, i))
                  for i in range(len(x))]
-        views["masks"] = torch.stack(masks, dim=1)                              # (2, B, rows, columns)
+        views["masks"] = torch.stack(masks, dim=1)                          # (2, B, rows, columns)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.bf16):
             losses = model(views, now["teacher_temp"], now["teacher_temp"], recipe.student_temp)
         check_finite(losses["total"], step, run)
@@ -692,12 +709,14 @@ def demo(data_root: str, out: Path, overwrite: bool, machine: Machine) -> None:
     trained, q, g = fine_tune_and_evaluate(recipe, dataset, out / recipe.arch, overwrite,
                                            machine=machine)
     draw_ranks(out / "ranks.png", dataset, q, g)
-    print(f"\nsynthetic people, {trained.valid}/{trained.total} queries      mAP   rank-1   rank-5  rank-10")
+    print(f"\nsynthetic people, {trained.valid}/{trained.total} queries"
+          f"      mAP   rank-1   rank-5  rank-10")
     for name, result in (("colour histogram", colours), (f"{recipe.arch}, untrained", plain),
                          (f"{recipe.arch}, {recipe.epochs} epochs", trained)):
         cmc = "  ".join(f"{result.cmc[k - 1]:7.1%}" for k in (1, 5, 10))
         print(f"  {name:<32} {result.mAP:7.1%}  {cmc}")
-    print(f"rank list in {out / 'ranks.png'}; {(time.perf_counter() - start) / 60:.1f} minutes in all")
+    minutes = (time.perf_counter() - start) / 60
+    print(f"rank list in {out / 'ranks.png'}; {minutes:.1f} minutes in all")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -723,7 +742,8 @@ def number_or_none(text: str) -> float | None:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor 'none'") from None
 
 
-PARSERS = {tuple[int, int]: pair(int), tuple[float, float]: pair(float), float | None: number_or_none}
+PARSERS = {tuple[int, int]: pair(int), tuple[float, float]: pair(float),
+           float | None: number_or_none}
 
 
 def make_parser(recipe_class=Recipe) -> argparse.ArgumentParser:
@@ -743,10 +763,14 @@ def make_parser(recipe_class=Recipe) -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="start over in a used run folder")
     add("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu or cuda")
-    add("--workers", type=int, default=min(os.cpu_count() or 1, 8), help="decoding processes; 0 = none")
+    add("--workers", type=int, default=min(os.cpu_count() or 1, 8), help="decoding processes")
     add("--save-every", type=int, default=500, metavar="STEPS", help="checkpoint interval")
     add("--demo", action="store_true", help="the whole pipeline on synthetic people")
-    group = parser.add_argument_group("recipe", "defaults depend on dataset and arch; a run prints them")
+    add("--pretrain", choices=("personvit",), help="pre-train without labels; ends in backbone.pth")
+    add("--keep-every", type=int, default=0, metavar="EPOCHS", help="pre-training: keep backbones")
+    add("--monitor", metavar="NAME", help="pre-training: labelled dataset to watch mAP on")
+    add("--monitor-every", type=int, default=10, metavar="EPOCHS", help="... this often")
+    group = parser.add_argument_group("recipe", "defaults depend on dataset and arch")
     for name, kind in typing.get_type_hints(recipe_class).items():
         rule = recipe_class.__dataclass_fields__[name].metadata
         choices = f" ({', '.join(map(str, rule['choices']))})" if rule["choices"] else ""
@@ -757,26 +781,47 @@ def make_parser(recipe_class=Recipe) -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = make_parser()
+def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
+    """The flags of a run, and those fields of its recipe that were given."""
+    pretrain = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    pretrain.add_argument("--pretrain")
+    kind = PersonViTRecipe if pretrain.parse_known_args(argv)[0].pretrain else Recipe
+    parser = make_parser(kind)
     args = parser.parse_args(argv)
-    given = {k: v for k, v in vars(args).items() if k in Recipe.__dataclass_fields__}
-    if args.workers < 0 or args.save_every < 1:
-        parser.error("--workers is at least 0, --save-every at least 1")
+    given = {k: v for k, v in vars(args).items() if k in kind.__dataclass_fields__}
+    if args.workers < 0 or args.save_every < 1 or args.monitor_every < 1:
+        parser.error("--workers is at least 0, --save-every and --monitor-every at least 1")
+    if args.demo and (given or args.dataset != "synthetic" or args.pretrain or "weights" in args):
+        parser.error("--demo has its own recipes; leave it out to choose one")
+    if args.pretrain and "weights" in args:
+        parser.error("--weights is for fine-tuning; pre-training starts from random weights")
+    return args, given
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, given = parse_args(argv)
     machine = Machine(args.device, args.workers, args.save_every)
     if args.demo:
-        if given or args.dataset != "synthetic" or "weights" in args:
-            parser.error("--demo has its own recipe; leave it out to choose one")
         # small images, kept in memory after the first epoch: worker processes would not pay
         machine.workers = 0
         demo(args.data_root, Path(getattr(args, "out", "runs/demo")), args.overwrite, machine)
         return
-    recipe = recipe_for(args.dataset, given.pop("arch", None))
+    recipe_of = pretrain_recipe_for if args.pretrain else recipe_for
+    recipe = recipe_of(args.dataset, given.pop("arch", None))
     recipe = dataclasses.replace(recipe, **({"bf16": args.device != "cpu"} | given))
     check_recipe(recipe)
     dataset = load_dataset(args.dataset, args.data_root, args.train_only)
-    out = getattr(args, "out", f"runs/{Path(args.dataset).name}_{recipe.arch}")
-    fine_tune_and_evaluate(recipe, dataset, out, args.overwrite, getattr(args, "weights", None), machine)
+    name = "_".join(filter(None, (Path(args.dataset).name, args.pretrain, recipe.arch)))
+    out = getattr(args, "out", f"runs/{name}")
+    if args.pretrain:
+        monitor = load_dataset(args.monitor, args.data_root) if args.monitor else None
+        run = open_run(out, recipe, dataset, args.overwrite, machine, pretrain=args.pretrain)
+        pretrain(recipe, dataset, run, machine, args.keep_every, monitor, args.monitor_every)
+        print(f"saved {run.folder}/backbone.pth; fine-tune it with: python train.py --dataset "
+              f"market1501 --arch {recipe.arch} --weights {run.folder}/backbone.pth")
+        return
+    fine_tune_and_evaluate(recipe, dataset, out, args.overwrite, getattr(args, "weights", None),
+                           machine)
 
 
 if __name__ == "__main__":

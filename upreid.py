@@ -1,4 +1,4 @@
-"""The ResNet of UP-ReID (arXiv 2112.00317), written out; the pre-training objective will join it here.
+"""The ResNet of UP-ReID (arXiv 2112.00317), written out; the pre-training objective will join it.
 
 UP-ReID pre-trains a ResNet-50 by contrastive learning on unlabelled crops of people; after that the
 network is fine-tuned for re-identification (ReID). This file has the network alone:
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 
 class Bottleneck(nn.Module):
-    """1x1 - 3x3 - 1x1 convolutions around a shortcut; (B, C, h, w) -> (B, 4 width, h/stride, w/stride).
+    """1x1, 3x3, 1x1 convolutions and a shortcut; (B, C, h, w) -> (B, 4 width, h/stride, w/stride).
 
     Source: He et al. 2016. The stride sits on the 3x3 convolution ("v1.5"), as torchvision has it;
     the paper put it on the first 1x1, which skips three quarters of its input.
@@ -41,7 +41,7 @@ class Bottleneck(nn.Module):
         self.conv3 = nn.Conv2d(width, out, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out)
         self.relu = nn.ReLU(inplace=True)
-        self.downsample = None  # the name is torchvision's; it fits the shortcut to the output's shape
+        self.downsample = None  # torchvision's name; it fits the shortcut to the output's shape
         if stride != 1 or channels != out:
             self.downsample = nn.Sequential(
                 nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out)
@@ -64,7 +64,8 @@ class ResNet(nn.Module):
     finer map costs no parameters, and details of clothing survive [BoT]. Source: He et al. 2016.
     """
 
-    def __init__(self, depths: tuple[int, ...] = (3, 4, 6, 3), width: int = 64, last_stride: int = 1):
+    def __init__(self, depths: tuple[int, ...] = (3, 4, 6, 3), width: int = 64,
+                 last_stride: int = 1):
         super().__init__()
         if len(depths) != 4 or min(depths) < 1:
             raise ValueError(f"ResNet has four stages of at least one block, got depths={depths}")
@@ -81,11 +82,12 @@ class ResNet(nn.Module):
             setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))  # torchvision's names
         self.embed_dim = channels
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):  # keeps the variance of gradients through ReLUs (He et al. 2015)
+            if isinstance(module, nn.Conv2d):
+                # keeps the variance of gradients through ReLUs (He et al. 2015)
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Last feature map: (B, 3, H, W) -> (B, embed_dim, h, w), h = H/16 when last_stride is 1."""
+        """Last feature map: (B, 3, H, W) -> (B, embed_dim, h, w), h = H/16 for last_stride=1."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))  # (B, width, H/4, W/4)
         x = self.layer1(x)                                    # (B, 4 width, H/4, W/4)
         x = self.layer2(x)                                    # (B, 8 width, H/8, W/8)
@@ -98,7 +100,7 @@ class ResNet(nn.Module):
 
 
 def resnet50(last_stride: int = 1) -> ResNet:
-    """The backbone of UP-ReID; last_stride=2 is torchvision's network, 1 the usual choice for ReID."""
+    """The backbone of UP-ReID; last_stride=2 is torchvision's network, 1 the usual one for ReID."""
     return ResNet((3, 4, 6, 3), 64, last_stride)
 
 
@@ -113,4 +115,5 @@ if __name__ == "__main__":  # the file alone, in any folder: shapes and sizes
         images = torch.randn(2, 3, 256, 128)
         count = sum(p.numel() for p in net.parameters())
         print(f"{build.__name__}: {count:,} parameters, images {tuple(images.shape)} -> "
-              f"map {tuple(net.forward_features(images).shape)} -> feature {tuple(net(images).shape)}")
+              f"map {tuple(net.forward_features(images).shape)} -> "
+              f"feature {tuple(net(images).shape)}")

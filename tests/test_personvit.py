@@ -12,7 +12,7 @@ import personvit
 from personvit import (Attention, Block, PersonViT, VisionTransformer, block_mask, cls_loss, draw_masks, patch_loss,
                        resize_pos_embed)
 
-SIZES = {"vit_tiny": 5_511_360, "vit_small": 21_639_552, "vit_base": 85_746_432}
+SIZES = {"vit_mini": 1_304_960, "vit_tiny": 5_511_360, "vit_small": 21_639_552, "vit_base": 85_746_432}
 
 
 def test_parameter_counts_of_every_model():
@@ -20,7 +20,7 @@ def test_parameter_counts_of_every_model():
     for name, size in SIZES.items():
         net = getattr(personvit, name)()
         assert sum(p.numel() for p in net.parameters()) == size
-        assert len(net.state_dict()) == 150
+        assert len(net.state_dict()) == (78 if name == "vit_mini" else 150)
 
 
 @pytest.mark.parametrize("name, stride, size", [("vit_stride16", 16, (64, 32)), ("vit_stride12", 12, (64, 40))])
