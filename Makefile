@@ -29,7 +29,7 @@ demo: $(SETUP)  ## synthetic people: draw, fine-tune, evaluate, rank-list pictur
 	$(PYTHON) train.py --demo --data-root $(DATA_ROOT) $(FLAGS)
 
 test: $(SETUP)  ## all tests, on the CPU
-	$(PYTHON) -m pytest -q tests upreid.py personvit.py data.py evaluate.py train.py --doctest-modules
+	$(PYTHON) -m pytest -q tests *.py --doctest-modules
 
 pretrain-personvit: $(SETUP)  ## PersonViT pre-training: DATASET=luperson ARCH=vit_small, or any folder
 	$(PYTHON) train.py --pretrain personvit --dataset $(DATASET) --data-root $(DATA_ROOT) \

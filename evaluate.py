@@ -33,8 +33,8 @@ from torch import Tensor, nn
 
 import personvit
 import upreid
-from data import (NAMES, InputError, Record, closest, command_line, load_dataset, normalize,
-                  read_image)
+from augment import normalize
+from data import NAMES, InputError, Record, closest, command_line, load_dataset, read_image
 
 # ---------------------------------------------------------------------------------------------
 # The model that is fine-tuned and evaluated

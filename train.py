@@ -39,9 +39,9 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-from data import (IMAGENET_MEAN, IMAGENET_STD, NAMES, FineTuneTransform, Images, InputError,
-                  MultiCrop, PKSampler, ShuffleSampler, closest, command_line, load_dataset,
-                  step_generator, write_atomic)
+from augment import (IMAGENET_MEAN, IMAGENET_STD, FineTuneTransform, MultiCrop, step_generator)
+from data import (NAMES, Images, InputError, PKSampler, ShuffleSampler, closest, command_line,
+                  load_dataset, write_atomic)
 from evaluate import (ARCHS, ReIDModel, build_backbone, colour_histograms, device_name, draw_ranks,
                       evaluate, load_weights, quiet_worker, rank_features, read_checkpoint)
 from personvit import PersonViT, draw_masks

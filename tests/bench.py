@@ -21,7 +21,8 @@ import torchvision
 
 import evaluate
 import train
-from data import FineTuneTransform, Images, PKSampler, load_dataset
+from augment import FineTuneTransform
+from data import Images, PKSampler, load_dataset
 from personvit import vit_small
 from upreid import resnet50
 

@@ -1,4 +1,4 @@
-"""Parsers on tiny fabricated trees of every dataset, image reading, the sampler, the augmentation."""
+"""Parsers on tiny fabricated trees of every dataset, image reading, the samplers, synthetic people."""
 
 import collections
 import os
@@ -13,8 +13,7 @@ import torch
 from conftest import ROOT, market_tree, write_image
 from PIL import Image
 
-from data import (Draws, FineTuneTransform, Images, InputError, PathList, PKSampler, Record, load_dataset,
-                  normalize, read_image)
+from data import Images, InputError, PathList, PKSampler, Record, ShuffleSampler, load_dataset, read_image
 from synthetic import make_synthetic
 
 # ---- datasets --------------------------------------------------------------------------------
@@ -351,70 +350,14 @@ def test_pk_sampler_refuses():
         PKSampler(np.arange(20), 8, 4, world=3)
 
 
-# ---- augmentation ----------------------------------------------------------------------------
-
-
-def test_flip_and_crop_equal_the_loop():
-    torch.manual_seed(0)
-    images = torch.randint(0, 256, (6, 3, 12, 7), dtype=torch.uint8)
-    flip, top, left = torch.tensor([0, 1, 0, 1, 1, 0]).bool(), torch.tensor([0, 20, 3, 10, 7, 10]), \
-        torch.tensor([20, 0, 5, 10, 11, 10])
-    out = FineTuneTransform((0.5,) * 3, (0.5,) * 3).flip_and_crop(images, flip, top, left)
-    for i in range(6):
-        image = images[i].flip(-1) if flip[i] else images[i]
-        padded = torch.nn.functional.pad(image, [10] * 4)
-        assert torch.equal(out[i], padded[:, top[i]:top[i] + 12, left[i]:left[i] + 7])
-    assert torch.equal(out[5], images[5])                     # the centre crop undoes the padding
-
-
-def test_normalize_equals_torchvision():
-    from torchvision.transforms.functional import normalize as reference
-    x = torch.randint(0, 256, (2, 3, 5, 4), dtype=torch.uint8)
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    torch.testing.assert_close(normalize(x, mean, std), reference(x.float() / 255, mean, std))
-    assert normalize(torch.zeros(1, 3, 1, 1, dtype=torch.uint8), (0.5,) * 3, (0.5,) * 3).unique() == -1
-
-
-def test_random_erasing_distribution():
-    H, W, n = 64, 32, 6000
-    transform = FineTuneTransform((0.5,) * 3, (0.5,) * 3)
-    mask = transform.erase_mask(Draws(n, 0, 3), H, W)[:, 0]
-    erased = mask.flatten(1).any(1)
-    assert abs(erased.float().mean() - 0.5) < 0.02
-    rows, columns = mask.any(2).sum(1)[erased], mask.any(1).sum(1)[erased]
-    assert torch.equal(rows * columns, mask[erased].flatten(1).sum(1))    # a full rectangle, nothing else
-    assert rows.max() < H and columns.max() < W
-    share = rows * columns / (H * W)
-    assert 0.015 < share.min() < 0.03 and 0.31 < share.max() < 0.345     # 2 % to 1/3, up to rounding
-    reference = timm_erasing(H, W, 6000)
-    assert abs(share.mean() - reference.mean()) < 0.006 and abs(share.std() - reference.std()) < 0.006
-    hit = mask[erased].float().mean(0)
-    assert (hit - hit.flip(0)).abs().max() < 0.05 and (hit - hit.flip(1)).abs().max() < 0.05  # no side preferred
-
-
-def timm_erasing(H, W, n):
-    """Erased share of images by the words of the recipe, one image at a time."""
-    rng, shares = np.random.default_rng(0), []
-    while len(shares) < n:
-        for _ in range(10):
-            area, aspect = rng.uniform(0.02, 1 / 3) * H * W, np.exp(rng.uniform(np.log(0.3), np.log(1 / 0.3)))
-            h, w = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
-            if h < H and w < W:
-                shares.append(h * w / (H * W))
-                break
-    return np.array(shares)
-
-
-@pytest.mark.parametrize("noise", [True, False])
-def test_transform_is_a_function_of_seed_and_step(noise):
-    images = torch.randint(0, 256, (8, 3, 32, 16), dtype=torch.uint8)
-    transform = FineTuneTransform((0.5,) * 3, (0.5,) * 3, noise=noise)
-    one = transform(images, 7, 100)
-    assert one.shape == images.shape and one.dtype == torch.float32
-    assert torch.equal(one, transform(images, 7, 100))
-    assert not torch.equal(one, transform(images, 7, 101)) and not torch.equal(one, transform(images, 8, 100))
-    halves = [FineTuneTransform((0.5,) * 3, (0.5,) * 3, noise=noise, rank=r, world=2)(part, 7, 100)
-              for r, part in enumerate(images.split(4))]
-    assert torch.equal(torch.cat(halves), one)                # 2 processes augment as one does
-    outside = one.abs() > 1.001                               # only noise leaves the range of pixels
-    assert outside.any() == noise
+def test_shuffled_batches():
+    sampler = ShuffleSampler(23, 5, seed=1)
+    first = list(sampler)
+    assert len(first) == len(sampler) == 4 and len(set(sum(first, []))) == 20
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    parts = [list(ShuffleSampler(23, 5, seed=1, rank=r, world=2)) for r in range(2)]
+    whole = list(ShuffleSampler(23, 10, seed=1))
+    assert [a + b for a, b in zip(*parts)] == whole
+    with pytest.raises(InputError, match="a batch of 24 needs that many images, the set has 23"):
+        ShuffleSampler(23, 24)

@@ -39,9 +39,9 @@ def test_command_parses(command):
     parse(words[2:])  # exits, and so fails, on an unknown flag
 
 
-EDGES = {"upreid": set(), "personvit": set(), "synthetic": set(), "data": {"synthetic"},
-         "evaluate": {"upreid", "personvit", "data"},
-         "train": {"data", "evaluate", "upreid", "personvit"}}
+EDGES = {"upreid": set(), "personvit": set(), "synthetic": set(), "augment": set(), "data": {"synthetic"},
+         "evaluate": {"upreid", "personvit", "data", "augment"},
+         "train": {"data", "augment", "evaluate", "upreid", "personvit"}}
 METHOD_FILES = {"upreid": {"torch"}, "personvit": {"torch"}}
 PACKAGES = {"torch", "torchvision", "numpy", "scipy", "PIL"}
 
