@@ -84,8 +84,9 @@ class Dataset:
         if isinstance(self.train, PathList):
             return f"{len(self.train)} images, {self.train.text.size} bytes of names"
         names = "\n".join(f"{os.path.basename(r.path)} {r.pid}" for r in self.train)
+        names = names.encode("utf-8", "surrogateescape")
         return (f"{len(self.train)} images, "
-                f"{hashlib.blake2b(names.encode(), digest_size=6).hexdigest()}")
+                f"{hashlib.blake2b(names, digest_size=6).hexdigest()}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -359,7 +360,7 @@ class PathList(Sequence):
         filled = ends > starts
         self.starts, self.ends = starts[filled], ends[filled]
         with open(file, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as raw:
-            if b"\0" in raw:
+            if raw.find(b"\0") >= 0:
                 raise InputError(f"{file}: not a text file of paths, one per line, in UTF-8")
             if raw[:1] == b"/" or raw.find(b"\n/") >= 0 or raw.find(b"..") >= 0:
                 check_inside([self.line(i) for i in range(len(self))], file)
@@ -403,14 +404,12 @@ def load_unlabelled(root: Path) -> Dataset:
     the folder has changed. LMDB files are not read: decode them to JPEG files first.
     """
     places = [root / n for n in ("luperson.txt", "luperson", "LUPerson", "LUP")]
-    if root.is_file():
-        places = [root]
-    elif (root / "images").is_dir() or not any(p.exists() for p in places):
-        places = [root]
+    if root.is_file() or root.name.lower().startswith("lup"):
+        places = [root]  # the set itself, not the folder it lies in
     source = next((p for p in places if p.exists()), None)
     if source is None:
-        raise InputError(f"luperson not found: {root} is missing. Expected {root}/luperson/ "
-                         f"(any tree of images) or {root}/luperson.txt (a path per line). "
+        raise InputError(f"luperson not found in {root}: expected {root}/luperson/ (any tree of "
+                         f"images) or {root}/luperson.txt (a path per line). "
                          f"Ask for the images at: github.com/DengpanFu/LUPerson; "
                          f"any folder of person crops works as well")
     if source.is_file():

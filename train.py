@@ -633,8 +633,8 @@ def pretrain(recipe: PersonViTRecipe, dataset, run: Run, machine: Machine, keep_
     sampler = ShuffleSampler(len(dataset.train), recipe.batch, recipe.seed)
     backbone = build_backbone(recipe.arch, recipe.size, recipe.drop_path)
     if recipe.local_crops and min(recipe.size) // 2 < backbone.patch_size:
-        raise InputError(f"--size {recipe.size[0]}x{recipe.size[1]}: local crops, half as large, hold "
-                         f"no patch of {backbone.patch_size} pixels; use a larger size")
+        raise InputError(f"--size {recipe.size[0]}x{recipe.size[1]}: local crops, half as large, "
+                         f"hold no patch of {backbone.patch_size} pixels; use a larger size")
     model = PersonViT(backbone, recipe.prototypes, recipe.hidden, recipe.bottleneck,
                       recipe.shared_head, recipe.norm_last_layer).to(machine.device).train()
     optimizer = torch.optim.AdamW(matrix_groups(model), fused=True)

@@ -15,6 +15,8 @@ sys.path.insert(0, str(ROOT))
 def pytest_configure(config):
     for category in ("DeprecationWarning", "FutureWarning"):
         config.addinivalue_line("filterwarnings", f"error::{category}")
+    # Python 3.12 warns of every fork of a process with threads; PyTorch's data loader forks
+    config.addinivalue_line("filterwarnings", "ignore:.*multi-threaded, use of fork:DeprecationWarning")
 
 
 class Golden:
