@@ -9,6 +9,7 @@ processes, a run that resumes at step n draws what the uninterrupted run drew, a
 what one would. Read `Draws`, then `MultiCrop.view`.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -66,9 +67,15 @@ class Draws:
         return (top * (H - h + 1)).floor(), (left * (W - w + 1)).floor(), h, w, fits.any(1)
 
 
+@functools.lru_cache
+def per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(3, 1, 1), made once per device: a copy from Python to a GPU in every step would stall it."""
+    return torch.tensor(values, device=device).view(3, 1, 1)
+
+
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """uint8 (B, 3, H, W) -> float32 of about zero mean and unit variance."""
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (mean, std))
+    mean, std = (per_channel(tuple(v), images.device) for v in (mean, std))
     return (images.float() / 255 - mean) / std
 
 
@@ -161,12 +168,12 @@ def blur_matrix(sigma: Tensor, n: int, radius: int = 6) -> Tensor:
                                weight[:, None, :].expand(-1, n, -1).contiguous())
 
 
-GREY = (0.299, 0.587, 0.114)  # luma of ITU-R 601, as Pillow and torchvision have it
+LUMA = (0.299, 0.587, 0.114)  # of ITU-R 601, as Pillow and torchvision have it
 
 
 def grey(images: Tensor) -> Tensor:
     """(B, 3, h, w) -> (B, 1, h, w)."""
-    return (images * torch.tensor(GREY, device=images.device).view(3, 1, 1)).sum(1, keepdim=True)
+    return (images * per_channel(LUMA, images.device)).sum(1, keepdim=True)
 
 
 def shift_hue(images: Tensor, turn: Tensor) -> Tensor:
@@ -178,7 +185,7 @@ def shift_hue(images: Tensor, turn: Tensor) -> Tensor:
     hue = torch.where(high == r, (g - b) / safe, torch.where(high == g, 2 + (b - r) / safe,
                                                              4 + (r - g) / safe))  # in sixths
     hue = hue + 6 * turn
-    sixth = (hue + torch.tensor((5, 3, 1), device=images.device).view(3, 1, 1)) % 6
+    sixth = (hue + per_channel((5.0, 3.0, 1.0), images.device)) % 6
     return high - chroma * torch.minimum(sixth, 4 - sixth).clamp(0, 1)       # (B, 3, h, w)
 
 
@@ -207,8 +214,9 @@ class MultiCrop:
     (scales are shares of the image's area, aspects width / height), flip 0.5, colour jitter
     (0.4, 0.4, 0.2, 0.1) with probability 0.8, greyscale 0.2, Gaussian blur of radius U(0.1, 2) with
     probability 1, 0.1, 0.5 (first global, second, local), solarisation 0.2 on the second global,
-    ImageNet statistics [iBOT, DINO]. Scales and aspects of people: [PersonViT checkpoint name].
-    The order of the four colour changes is drawn per step, not per image [ours].
+    ImageNet statistics [iBOT, DINO]. Scales and aspects: see `PersonViTRecipe`. Ours: images come
+    resized to `size`, where iBOT crops the original file; a crop that fits nowhere is the whole
+    image; the order of the colour changes is drawn per step and kind of view, not per image.
     """
 
     def __init__(self, size: tuple[int, int] = (256, 128), num_local: int = 8,
@@ -220,39 +228,44 @@ class MultiCrop:
         self.rank, self.world = rank, world
 
     def __call__(self, images: Tensor, seed: int, step: int) -> dict[str, Tensor]:
-        x = images.float() / 255
-        draws = Draws(len(x), seed, step, self.rank, self.world)
-        views = [self.view(x, draws, self.size, self.global_scale, blur=1.0, solarize=0.0),
-                 self.view(x, draws, self.size, self.global_scale, blur=0.1, solarize=0.2)]
-        local = [self.view(x, draws, self.local_size, self.local_scale, blur=0.5, solarize=0.0)
-                 for _ in range(self.num_local)]
-        return {"globals": torch.stack(views),
-                "locals": torch.stack(local) if local else x.new_zeros(0, *x.shape)}
+        x, (B, _, H, W) = images.float() / 255, images.shape
+        draws = Draws(B, seed, step, self.rank, self.world)
+        first = self.draw(draws, H, W, self.global_scale, blur=1.0, solarize=0.0)
+        second = self.draw(draws, H, W, self.global_scale, blur=0.1, solarize=0.2)
+        views = self.render(x.repeat(2, 1, 1, 1), torch.cat([first, second]), self.size, draws)
+        views = {"globals": views.unflatten(0, (2, B)), "locals": x.new_zeros(0, *x.shape)}
+        if self.num_local:
+            local = torch.cat([self.draw(draws, H, W, self.local_scale, blur=0.5, solarize=0.0)
+                               for _ in range(self.num_local)])
+            local = self.render(x.repeat(self.num_local, 1, 1, 1), local, self.local_size, draws)
+            views["locals"] = local.unflatten(0, (self.num_local, B))
+        return views
 
-    def view(self, x: Tensor, draws: Draws, size: tuple[int, int], scale: tuple[float, float],
-             blur: float, solarize: float) -> Tensor:
-        """One view of each image: (B, 3, H, W) in [0, 1] -> normalised (B, 3, *size)."""
-        B, _, H, W = x.shape
+    def draw(self, draws: Draws, H: int, W: int, scale: tuple[float, float], blur: float,
+             solarize: float) -> Tensor:
+        """All numbers of one view of each image, (B, 12), in the order `render` takes them."""
         aspect = (1 / self.aspect[1], 1 / self.aspect[0])                    # height / width
         top, left, h, w, found = draws.rectangles(H, W, scale, aspect, whole=True)
-        top, left = top * found, left * found                                # no fit: whole image
         h, w = torch.where(found, h, H), torch.where(found, w, W)
         flip, jitter, colourless, blurred, inverted = (
             draws.chance(p) for p in (0.5, 0.8, 0.2, blur, solarize))
         change = draws.uniform(-1, 1, 4) * torch.tensor([0.4, 0.4, 0.2, 0.1]) * jitter[:, None]
         sigma = torch.where(blurred, draws.uniform(0.1, 2), 0.01)            # 0.01 blurs nothing
+        numbers = (top * found, left * found, h, w, flip, colourless, inverted, sigma, *change.T)
+        return torch.stack([n.float() for n in numbers], dim=1)
+
+    def render(self, x: Tensor, numbers: Tensor, size: tuple[int, int], draws: Draws) -> Tensor:
+        """Images (n, 3, H, W) in [0, 1] and their numbers (n, 12) -> normalised (n, 3, *size)."""
+        H, W = x.shape[2:]
         order = torch.randperm(4, generator=draws.generator).tolist()
-        top, left, h, w, flip, change, colourless, sigma, inverted = (
-            t.to(x.device, non_blocking=True)
-            for t in (top, left, h, w, flip, change, colourless, sigma, inverted))
-        rows, columns = resize_matrix(top, h, H, size[0]), resize_matrix(left, w, W, size[1], flip)
-        x = (rows[:, None] @ x @ columns[:, None].mT).clamp(0, 1)            # (B, 3, *size)
-        change = change[:, :, None, None, None]                              # (B, 4, 1, 1, 1)
-        x = colour_jitter(x, 1 + change[:, 0], 1 + change[:, 1], 1 + change[:, 2],
-                          change[:, 3], order)
-        x = torch.where(colourless[:, None, None, None], grey(x), x)
+        numbers = numbers.to(x.device, non_blocking=True)
+        top, left, h, w, flip, colourless, inverted, sigma = numbers[:, :8].unbind(1)   # (n,) each
+        rows = resize_matrix(top, h, H, size[0])                             # (n, size[0], H)
+        columns = resize_matrix(left, w, W, size[1], flip > 0)               # (n, size[1], W)
+        x = (rows[:, None] @ x @ columns[:, None].mT).clamp(0, 1)            # (n, 3, *size)
+        change = numbers[:, 8:].T[..., None, None, None]                     # (4, n, 1, 1, 1)
+        x = colour_jitter(x, 1 + change[0], 1 + change[1], 1 + change[2], change[3], order)
+        x = torch.where(colourless.view(-1, 1, 1, 1) > 0, grey(x), x)
         x = blur_matrix(sigma, size[0])[:, None] @ x @ blur_matrix(sigma, size[1])[:, None].mT
-        x = torch.where(inverted[:, None, None, None] & (x >= 0.5), 1 - x, x)  # solarise
-        mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1)
-                     for v in (IMAGENET_MEAN, IMAGENET_STD))
-        return (x - mean) / std
+        x = torch.where((inverted.view(-1, 1, 1, 1) > 0) & (x >= 0.5), 1 - x, x)
+        return (x - per_channel(IMAGENET_MEAN, x.device)) / per_channel(IMAGENET_STD, x.device)

@@ -424,22 +424,23 @@ def load_unlabelled(root: Path) -> Dataset:
             index = Path(tempfile.mkdtemp()) / index.name
             print(f"WARNING: {source.parent} is not writable, "
                   f"the list is kept in {index} for this run")
-        write_atomic(index, text.encode("utf-8", "surrogateescape"))
+        write_atomic(index, lambda f: f.write(text.encode("utf-8", "surrogateescape")))
     return Dataset("luperson", source, PathList(index, source), [], [], note=f"listed in {index}")
 
 
-def write_atomic(file: Path, content: bytes) -> None:
-    """Write, flush to disk, rename: whoever opens `file` finds the old or new one, never half."""
+def write_atomic(file: Path, write) -> None:
+    """write(handle), flush to disk, rename: `file` is the old or the new one, never half of one."""
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as handle:
-            handle.write(content)
+            write(handle)
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(partial, file)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         partial.unlink(missing_ok=True)
-        raise InputError(f"{file}: cannot be written ({error.strerror}); is the folder writable, "
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise InputError(f"{file}: cannot be written ({reason}); is the folder writable, "
                          f"the disk full?") from None
 
 

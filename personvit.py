@@ -11,6 +11,9 @@ teacher is a moving average of the student; nobody else teaches.
     L_patch  cross-entropy t -> s of patches hidden from the student, same view  [PersonViT Eq. 7]
     L      = L_cls + L_patch                                                     [PersonViT Eq. 8]
 
+G = 2 global and L local views make V = G + L; M patches of a batch are hidden; d is the width of
+the bottleneck before the prototypes; m the momentum of the moving average.
+
 The paper has no public pre-training code; equations and structure are read from notes on it, the
 details from iBOT's code, tagged [iBOT], and equal recorded steps of that code (tests/golden). The
 exported feature is the teacher's [CLS]. What differs from the ViT of an ImageNet course: the grid
@@ -179,7 +182,7 @@ class VisionTransformer(nn.Module):
             hidden = mask.flatten(1)[:, :, None]                        # (B, N, 1)
             patches = torch.where(hidden, mask_token.to(patches.dtype), patches)
         cls = self.cls_token.expand(B, -1, -1)                          # (B, 1, D)
-        pos = resize_pos_embed(self.pos_embed, self.grid, grid)         # (1, 1 + N, D)
+        pos = resize_pos_embed(self.pos_embed, self.grid, grid, "bicubic")  # (1, 1 + N, D) [DINO]
         x = torch.cat([cls, patches], dim=1) + pos                      # (B, 1 + N, D)
         for block in self.blocks:
             x = block(x)
@@ -273,10 +276,10 @@ class Prototypes(nn.Module):
         super().__init__()
         self.weight_g = nn.Parameter(torch.ones(num_prototypes, 1), not norm_last_layer)
         self.weight_v = nn.Parameter(torch.empty(num_prototypes, dim))
-        nn.init.trunc_normal_(self.weight_v, std=0.02)
+        nn.init.kaiming_uniform_(self.weight_v, math.sqrt(5))   # nn.Linear's own [from memory]
 
     def forward(self, z: Tensor) -> Tensor:
-        # not in bfloat16: a temperature of 0.04 would make its rounding of a cosine 0.1 of a logit
+        # not in bfloat16: a temperature of 0.04 magnifies its rounding of a cosine 25 times
         with torch.autocast(z.device.type, enabled=False):
             return F.linear(z, self.weight_g * F.normalize(self.weight_v, dim=1))
 
@@ -327,6 +330,7 @@ def cls_loss(teacher: Tensor, student: Tensor) -> Tensor:
     a pair of equal views would be solved without understanding anything.
     """
     G, V = len(teacher), len(student)
+    assert V > 1, "one view alone has no other view to be compared with"
     # sum over v != q of CE(t_q, s_v) = CE(t_q, sum of all s) - CE(t_q, s_q): one product per q
     total = soft_cross_entropy(teacher, student.sum(0)) - soft_cross_entropy(teacher, student[:G])
     return total.sum(0).mean() / (G * (V - 1))
@@ -351,7 +355,7 @@ class PersonViT(nn.Module):
     """Student and teacher, each a ViT with a head; forward gives the losses of one step.
 
     backbone: the student's ViT; the teacher starts as its copy, follows it as a moving average, and
-    is what gets exported. Raises ValueError for masks that do not fit the images' patch grid.
+    is what gets exported. forward raises ValueError for masks that are not of the views' grid.
     """
 
     def __init__(self, backbone: VisionTransformer, num_prototypes: int = 8192, hidden: int = 2048,
@@ -368,7 +372,7 @@ class PersonViT(nn.Module):
         self.center_momentum = center_momentum
         for name in ("center", "patch_center", "new_center", "new_patch_center"):
             self.register_buffer(name, torch.zeros(K))
-        self.register_buffer("forwards", torch.zeros(()))        # since the centres last moved
+        self.forwards = 0                                        # since the centres last moved
 
     def forward(self, views: dict[str, Tensor], teacher_temp: float, patch_temp: float,
                 student_temp: float = 0.1) -> dict[str, Tensor]:
@@ -378,22 +382,26 @@ class PersonViT(nn.Module):
         columns) on the CPU, True = hidden: their number is needed here, and asking a GPU for it
         would stall the GPU. Temperatures as scheduled; K prototypes, V = G + L views.
         """
-        masks = views["masks"].flatten(2)                                        # (2, B, N)
-        G, B, N = masks.shape
-        rows = masks.flatten().nonzero().flatten()                               # (M,) of G B N
-        weight = (1 / masks.sum(2).clamp(min=1) / (G * B)).repeat_interleave(N)[rows]
+        masks, grid = views["masks"], self.student["backbone"].grid
+        if masks.dtype != torch.bool or masks.shape != (*views["globals"].shape[:2], *grid):
+            raise ValueError(f"masks are bool of shape (views, images, {grid[0]}, {grid[1]}), not "
+                             f"{masks.dtype} of {tuple(masks.shape)}")
+        G, B, N = masks.flatten(2).shape
+        rows = masks.flatten().nonzero().flatten()                           # (M,) of G B N
+        per_image = 1 / masks.flatten(2).sum(2).clamp(min=1)                 # (G, B), 1 / hidden
+        weight = per_image.repeat_interleave(N)[rows] / (G * B)              # (M,)
         device = self.center.device
-        rows, weight = rows.to(device, non_blocking=True), weight.to(device, non_blocking=True)
-        t_cls, t_patch, spread = self.teach(views["globals"], rows)              # (G, B, K), (M, K)
-        s_cls, s_patch = self.study(views, rows)                                 # (V, B, K), (M, K)
+        rows, weight = (x.to(device, non_blocking=True) for x in (rows, weight))
+        t_cls, t_patch, spread = self.teach(views["globals"], rows)          # (G, B, K), (M, K)
+        s_cls, s_patch = self.study(views, rows)                             # (V, B, K), (M, K)
         # subtracting the centre keeps one prototype from taking all, the low temperature keeps the
-        # scores from going flat: each prevents the collapse that the other alone would cause [DINO]
-        t_cls = ((t_cls - self.center) / teacher_temp).softmax(-1)
-        t_patch = ((t_patch - self.patch_center) / patch_temp).softmax(-1)
-        s_cls, s_patch = ((s / student_temp).log_softmax(-1) for s in (s_cls, s_patch))
-        cls, patch = cls_loss(t_cls, s_cls), patch_loss(t_patch, s_patch, weight)
-        return {"total": cls + patch, "cls": cls, "patch": patch,                # [PersonViT Eq. 8]
-                "feature_std": spread, **self.diagnose(t_cls, cls)}
+        # scores from going flat: each prevents the collapse the other alone would cause [DINO]
+        p_cls = ((t_cls - self.center) / teacher_temp).softmax(-1)           # probabilities
+        p_patch = ((t_patch - self.patch_center) / patch_temp).softmax(-1)
+        cls = cls_loss(p_cls, (s_cls / student_temp).log_softmax(-1))
+        patch = patch_loss(p_patch, (s_patch / student_temp).log_softmax(-1), weight)
+        return {"total": cls + patch, "cls": cls, "patch": patch,            # [PersonViT Eq. 8]
+                "feature_std": spread, **self.diagnose(p_cls, cls)}
 
     @torch.no_grad()
     def teach(self, views: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -419,7 +427,8 @@ class PersonViT(nn.Module):
         mask = views["masks"].flatten(0, 1).to(rows.device, non_blocking=True)
         tokens = backbone.forward_features(views["globals"].flatten(0, 1), mask, self.mask_token)
         patches = head.last_layer2(head(tokens[:, 1:].flatten(0, 1)[rows]))  # (M, K)
-        cls = [tokens[:, 0]]                                                 # also masked [iBOT]
+        # the student names the person from what the mask left of the image, too [iBOT]
+        cls = [tokens[:, 0]]                                                 # (G B, D)
         if len(views["locals"]):
             cls.append(backbone(views["locals"].flatten(0, 1)))             # (L B, D), never masked
         cls = head.last_layer(head(torch.cat(cls)))                          # (V B, K)
@@ -430,32 +439,39 @@ class PersonViT(nn.Module):
         """What tells learning from collapse; no host synchronisation.
 
         entropy: of the teacher's answers, at most ln K. kl: teacher to student, the part of the
-        loss that can be learnt. information: how much an answer says about the image, entropy of
-        the mean answer - mean entropy; 0 when all images get the same answer, flat or sharp.
-        prototypes: how many are some image's favourite.
+        loss that can be learnt. information: mutual information of answer and image within a view,
+        at most ln B; 0 when all images get the same answer, flat or sharp. prototypes: how many
+        are some image's favourite.
         """
-        entropy = torch.special.entr(t_cls).sum(-1).mean()
-        information = torch.special.entr(t_cls.flatten(0, 1).mean(0)).sum() - entropy
+        entropy = torch.special.entr(t_cls).sum(-1)                          # (G, B)
+        of_mean = torch.special.entr(t_cls.mean(1)).sum(-1)                  # (G,)
+        information, entropy = (of_mean - entropy.mean(1)).mean(), entropy.mean()
         used = torch.zeros_like(self.center).scatter_(0, t_cls.argmax(-1).flatten(), 1.0).sum()
         return {"entropy": entropy, "kl": cls.detach() - entropy, "information": information,
                 "prototypes": used}
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
-        """Once per optimiser step: teacher = m teacher + (1 - m) student; the centres move on."""
+        """Once per optimiser step: teacher = m teacher + (1 - m) student.
+
+        The centres move here too, by the mean over all forwards since the last call, and not in
+        forward, so that a step split into several forwards moves them once.
+        """
         t, s = list(self.teacher.parameters()), list(self.student.parameters())
         assert len(t) == len(s), "teacher and student are built alike"
         torch._foreach_lerp_(t, s, 1 - momentum)
         for center, new in ((self.center, self.new_center),
                             (self.patch_center, self.new_patch_center)):
-            center.lerp_(new / self.forwards, 1 - self.center_momentum)
+            if self.forwards:
+                center.lerp_(new / self.forwards, 1 - self.center_momentum)
             new.zero_()
-        self.forwards.zero_()
+        self.forwards = 0
 
     @staticmethod
     def collapsed(values: dict[str, float]) -> bool:
         """Do logged diagnostics show a teacher that gives every image the same answer?"""
-        return values["information"] < 1e-2 or values["feature_std"] < 1e-2
+        # at random weights both are above 0.5 on images of people; the limits are ours
+        return not (values["information"] > 1e-2 and values["feature_std"] > 1e-2)
 
     def backbone_for_export(self) -> VisionTransformer:
         """The teacher's ViT: an average over many students, better than each [DINO]."""

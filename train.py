@@ -18,7 +18,6 @@ weights. The same command goes on where the folder stopped: all random draws of 
 import argparse
 import contextlib
 import dataclasses
-import io
 import itertools
 import json
 import math
@@ -118,11 +117,13 @@ def recipe_for(dataset: str, arch: str | None = None) -> Recipe:
 @dataclass(frozen=True)
 class PersonViTRecipe:
     """PersonViT pre-training on LUPerson. The paper's true values lie in its released checkpoints
-    (`args`); these are iBOT's for ViT-S/16 unless another source is named."""
+    (`args`). [iBOT] = its published ViT-S/16 command, for ViT-B too but for norm_last_layer;
+    [inferred] = read into the checkpoint's name. Probabilities of augmentation and masks stand with
+    their code."""
 
     arch: str = option("vit_small", "backbone [PersonViT]", choices=VITS)
-    size: tuple[int, int] = option((256, 128), "global crops; local: half [PersonViT]", 16, 4096)
-    epochs: int = option(300, "passes over the images; released: 220, 260 [inferred]", 1, 1e6)
+    size: tuple[int, int] = option((256, 128), "global crops [PersonViT]; local: half", 16, 4096)
+    epochs: int = option(300, "passes over the images [notes on the paper]", 1, 1e6)
     batch: int = option(512, "images per step [ours]", 1, 1e6)
     lr: float = option(5e-4, "peak learning rate, times batch / 256 [iBOT]", 0, 1e3)
     min_lr: float = option(1e-6, "learning rate at the end [iBOT]", 0, 1e3)
@@ -144,7 +145,7 @@ class PersonViTRecipe:
     drop_path: float = option(0.1, "stochastic depth of the student [iBOT]", 0, 0.99)
     local_crops: int = option(8, "local views [DINO for ReID; 'n8' may mean it: inferred]", 0, 64)
     global_scale: tuple[float, float] = option((0.4, 1.0), "share of the area [inferred]", 1e-3, 1)
-    local_scale: tuple[float, float] = option((0.05, 0.8), "share of the area [inferred]", 1e-3, 1)
+    local_scale: tuple[float, float] = option((0.05, 0.8), "0.05 [DINO], 0.8 [inferred]", 1e-3, 1)
     aspect: tuple[float, float] = option((0.375, 0.667), "width / height [inferred]", 0.1, 10)
     seed: int = option(0, "of everything random", 0, 2 ** 32 - 1)
     bf16: bool = option(False, "bfloat16 in the networks; on by default on a GPU")
@@ -251,7 +252,7 @@ def make_optimizer(recipe: Recipe, model: torch.nn.Module) -> torch.optim.Optimi
 # ---------------------------------------------------------------------------------------------
 
 RUN_FILES = ("recipe.json", "log.jsonl", "checkpoint.pth", "model.pth", "backbone.pth",
-             "results.json")
+             "backbone_e*.pth", "results.json")
 
 
 class Run:
@@ -271,12 +272,16 @@ class Run:
                              f"choose another folder with --out") from None
         if not os.access(self.folder, os.W_OK):
             raise InputError(f"{folder}: is read-only; choose another folder with --out")
-        present = [name for name in RUN_FILES if (self.folder / name).exists()]
+        present = [path.name for path in self.files()]
         if "recipe.json" in present and not overwrite:
             self.compare()
         elif present and not overwrite:
             raise InputError(f"{folder} holds {', '.join(present)} of something else; choose "
                              f"another folder with --out, or --overwrite to delete them")
+
+    def files(self) -> list[Path]:
+        """What a run may have left here, and --overwrite deletes."""
+        return [p for pattern in RUN_FILES for p in sorted(self.folder.glob(pattern))]
 
     def compare(self) -> None:
         try:
@@ -301,19 +306,17 @@ class Run:
                     raise InputError(f"another process is training in {self.folder}; wait for "
                                      f"it, or choose another folder with --out") from None
             if self.overwrite:
-                for path in (self.folder / name for name in RUN_FILES):
-                    path.unlink(missing_ok=True)
+                for path in self.files():
+                    path.unlink()
                 self.overwrite = False
             self.write("recipe.json", json.dumps(self.recipe, indent=1).encode())
             yield
 
     def write(self, name: str, content: bytes) -> None:
-        write_atomic(self.folder / name, content)
+        write_atomic(self.folder / name, lambda handle: handle.write(content))
 
     def save(self, name: str, content: dict) -> None:
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
-        self.write(name, buffer.getvalue())
+        write_atomic(self.folder / name, lambda handle: torch.save(content, handle))
 
     def restore(self, parts: dict) -> tuple[int, set[int]]:
         """Fill parts from the checkpoint, if there is one; (steps done, broken images seen)."""
@@ -422,14 +425,18 @@ def loop(run: Run, images: Images, sampler, recipe, parts: dict, take_step, mach
             torch.manual_seed(step_generator(recipe.seed, step, 3).initial_seed())
             meter.add(len(x), **take_step(step, x, used))
             done = step + 1
-            if done % machine.log_every == 0 or done == last:
+            logs, saves = (done % n == 0 or done == last for n in (machine.log_every,
+                                                                   machine.save_every))
+            if logs or saves or machine.device == "cpu":  # on a GPU, looking costs time
+                check_finite(meter.sums["loss"] + meter.sums.get("grad_norm", 0), step, run)
+            if logs:
                 values = meter.read(last - done)
                 flag = {"warning": "COLLAPSE?"} if collapsed and collapsed(values) else {}
                 run.log(epoch=step // len(sampler) + 1, step=done, steps=last, **values,
                         broken_images=len(bad), **flag)
             if after_epoch and done % len(sampler) == 0:
                 after_epoch(done // len(sampler))
-            if done % machine.save_every == 0 or done == last or stop:
+            if saves or stop:
                 run.save("checkpoint.pth", {"format": "reid-checkpoint", "step": done,
                                             "bad": sorted(bad), "log_size": run.log_size(),
                                             **{n: p.state_dict() for n, p in parts.items()}})
@@ -438,13 +445,13 @@ def loop(run: Run, images: Images, sampler, recipe, parts: dict, take_step, mach
                          f"holds it, the same command goes on from there")
 
 
-def check_finite(loss: Tensor, step: int, run: Run) -> None:
-    """Called between forward and backward: a bad step stops before the weights are touched."""
-    if not loss.isfinite():
+def check_finite(value: Tensor | float, step: int, run: Run) -> None:
+    """Stop a run whose loss or gradient is NaN or infinite, its weights being as they were."""
+    if not math.isfinite(value):
         saved = run.folder / "checkpoint.pth"
         last = f"the last good state is in {saved}" if saved.exists() else "nothing was saved yet"
-        raise InputError(f"the loss is {loss.item()} at step {step}; {last}; a lower --lr or "
-                         f"--no-bf16 may help, with --overwrite or another --out")
+        raise InputError(f"the loss is {float(value)} at step {step}; {last}; start anew with a "
+                         f"lower --lr or --no-bf16, and another --out")
 
 
 def check_broken(bad: set[int], records) -> None:
@@ -525,7 +532,7 @@ def fine_tune(recipe: Recipe, dataset, run: Run, weights: str | None,
         id_loss = F.cross_entropy(scores.float(), y, label_smoothing=recipe.smoothing)
         triplet = triplet_loss(feature, y, recipe.margin)
         loss = id_loss + triplet
-        check_finite(loss, step, run)
+        check_finite(loss.detach(), step, run)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -579,6 +586,8 @@ def open_run(out, recipe, dataset, overwrite: bool, machine: Machine, **more) ->
     run = Run(out, described, overwrite)
     print(f"run {run.folder}: " + " ".join(f"{k}={v}" for k, v in described.items()))
     print(f"  torch {torch.__version__}, {machine.device}, {torch.get_num_threads()} threads")
+    if 0 < recipe.epochs <= recipe.warmup:
+        print(f"WARNING: warm-up takes all {recipe.epochs} epochs; --warmup shortens it")
     return run
 
 
@@ -595,15 +604,16 @@ def pretrain_schedule(recipe: PersonViTRecipe, step: int, epoch_steps: int) -> d
         lr = peak * step / max(warmup - 1, 1)
     else:
         lr = cosine((step - warmup) / max(steps - warmup, 1), peak, recipe.min_lr)
-    warm = min((step // epoch_steps) / max(recipe.temp_warmup - 1, 1), 1)       # per epoch [iBOT]
-    t = step / steps
+    epoch, t = step // epoch_steps, step / steps
+    warm = 1.0 if epoch >= recipe.temp_warmup else epoch / max(recipe.temp_warmup - 1, 1)  # [iBOT]
     return {"lr": lr, "weight_decay": cosine(t, recipe.weight_decay, recipe.weight_decay_end),
             "momentum": cosine(t, recipe.momentum, 1.0),
             "teacher_temp": (1 - warm) * recipe.teacher_temp + warm * recipe.teacher_temp_end}
 
 
 def matrix_groups(model: torch.nn.Module) -> list[dict]:
-    """Two groups for AdamW: decay acts on matrices, not on biases, gains and norms [iBOT]."""
+    """Two groups for AdamW: decay acts on tensors of two or more dimensions, so not on biases and
+    norms, yet on [CLS], positions and a trained gain of prototypes [iBOT]."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return [{"params": [p for p in trained if p.ndim > 1], "decay": 1.0},
             {"params": [p for p in trained if p.ndim <= 1], "decay": 0.0, "weight_decay": 0.0}]
@@ -632,9 +642,12 @@ def pretrain(recipe: PersonViTRecipe, dataset, run: Run, machine: Machine, keep_
         torch.set_float32_matmul_precision("high")  # TF32 for the prototypes' float32 products
     sampler = ShuffleSampler(len(dataset.train), recipe.batch, recipe.seed)
     backbone = build_backbone(recipe.arch, recipe.size, recipe.drop_path)
-    if recipe.local_crops and min(recipe.size) // 2 < backbone.patch_size:
-        raise InputError(f"--size {recipe.size[0]}x{recipe.size[1]}: local crops, half as large, "
-                         f"hold no patch of {backbone.patch_size} pixels; use a larger size")
+    if monitor and not (monitor.query and monitor.gallery):
+        raise InputError(f"--monitor {monitor.name} has no query or no gallery images")
+    smallest = backbone.patch_size * (2 if recipe.local_crops or min(backbone.grid) < 2 else 1)
+    if min(recipe.size) < smallest:
+        raise InputError(f"--size {recipe.size[0]}x{recipe.size[1]} is too small: masks and local "
+                         f"crops, half as large, need {smallest} pixels at least")
     model = PersonViT(backbone, recipe.prototypes, recipe.hidden, recipe.bottleneck,
                       recipe.shared_head, recipe.norm_last_layer).to(machine.device).train()
     optimizer = torch.optim.AdamW(matrix_groups(model), fused=True)
@@ -651,17 +664,20 @@ def pretrain(recipe: PersonViTRecipe, dataset, run: Run, machine: Machine, keep_
         views["masks"] = torch.stack(masks, dim=1)                          # (2, B, rows, columns)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.bf16):
             losses = model(views, now["teacher_temp"], now["teacher_temp"], recipe.student_temp)
-        check_finite(losses["total"], step, run)
         optimizer.zero_grad()
         losses["total"].backward()
         norm = clip_each(model.parameters(), recipe.clip)
+        # fused AdamW skips a step whose gradient is not finite, without the host having to look;
+        # `loop` looks before it logs or saves, and stops the run
+        optimizer.found_inf = 1 - (losses["total"] + norm).isfinite().float()
         if step // len(sampler) < recipe.freeze_last_layer:
             for name, p in model.named_parameters():
                 if "last_layer" in name:
                     p.grad = None
         optimizer.step()
         model.update_teacher(now["momentum"])
-        return {"loss": losses.pop("total"), **losses, "grad_norm": norm, **now}
+        return {"loss": losses.pop("total"), **losses, "ln_K": math.log(recipe.prototypes),
+                "grad_norm": norm, **now}
 
     def after_epoch(epoch: int) -> None:
         if keep_every and epoch % keep_every == 0:

@@ -288,6 +288,12 @@ def test_nothing_hidden_and_everything_hidden():
     assert model(views, 0.04, 0.04)["patch"].item() > 0
 
 
+def test_masks_must_fit():
+    for masks in (torch.zeros(2, 3, 2, 4, dtype=torch.bool), torch.zeros(2, 3, 4, 2)):
+        with pytest.raises(ValueError, match="masks are bool of shape .views, images, 4, 2."):
+            small_model()(small_views() | {"masks": masks}, 0.04, 0.04)
+
+
 def test_visible_patches_do_not_move_the_patch_loss(monkeypatch):
     model, views = small_model(), small_views(B=2, L=0)
     leaf = torch.randn(4, 9, 12, requires_grad=True)             # the student's tokens, as if they were inputs
