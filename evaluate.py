@@ -523,18 +523,15 @@ def filtered_ranking(q: Features, g: Features, i: int) -> tuple[Tensor, Tensor]:
     return order, similarity[order]
 
 
-def draw_ranks(file: str | Path, dataset, q: Features, g: Features, rows: int = 8,
-               columns: int = 10) -> None:
+def draw_ranks(file: str | Path, dataset, result: RankResult, q: Features, g: Features,
+               rows: int = 8, columns: int = 10) -> None:
     """Rank-list picture (PNG): a row per query, the query first, then its nearest gallery images.
 
     Green frames are right answers, red ones wrong, with camera and cosine similarity beneath. Rows
     are spread evenly over all valid queries: a picture of the best ones only would be a lie.
     """
-    pids = as_ids(g.pids)
-    valid = [i for i in range(len(q.pids))
-             if (pids[filtered_ranking(q, g, i)[0]] == q.pids[i]).any()]
-    rows = min(rows, len(valid))
-    chosen = [valid[k * len(valid) // rows] for k in range(rows)]
+    valid = np.flatnonzero(~np.isnan(result.AP))
+    chosen = valid[np.linspace(0, len(valid), min(rows, len(valid)), endpoint=False, dtype=int)]
     w, h, gap, label, head = 64, 128, 14, 16, 44
     width, height = gap + (columns + 1) * (w + gap) + gap, head + len(chosen) * (h + label + gap)
     picture = Image.new("RGB", (width, height), "white")
@@ -557,7 +554,7 @@ def draw_ranks(file: str | Path, dataset, q: Features, g: Features, rows: int = 
     def camera(record: Record) -> str:
         return f"c{record.camid + 1}" if dataset.has_cameras else ""
 
-    for row, i in enumerate(chosen):
+    for row, i in enumerate(chosen.tolist()):
         y = head + row * (h + label + gap)
         paste(dataset.query[i], 0, y, GREY, camera(dataset.query[i]))
         order, similarity = filtered_ranking(q, g, i)
@@ -616,7 +613,7 @@ def main() -> None:
                             bf16=args.bf16)
     print(result)
     if args.ranks:
-        draw_ranks(args.ranks, dataset, q, g)
+        draw_ranks(args.ranks, dataset, result, q, g)
         print(f"rank list in {args.ranks}")
 
 

@@ -724,7 +724,7 @@ def demo(data_root: str, out: Path, overwrite: bool, machine: Machine) -> None:
                            workers=machine.workers)
     trained, q, g = fine_tune_and_evaluate(recipe, dataset, out / recipe.arch, overwrite,
                                            machine=machine)
-    draw_ranks(out / "ranks.png", dataset, q, g)
+    draw_ranks(out / "ranks.png", dataset, trained, q, g)
     print(f"\nsynthetic people, {trained.valid}/{trained.total} queries"
           f"      mAP   rank-1   rank-5  rank-10")
     for name, result in (("colour histogram", colours), (f"{recipe.arch}, untrained", plain),

@@ -52,8 +52,8 @@ class Bottleneck(nn.Module):
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.relu(self.bn2(self.conv2(x)))
         x = self.bn3(self.conv3(x))
-        # ReLU after the sum, not before: otherwise a block could only ever add to its input
-        return self.relu(x + shortcut)
+        x += shortcut  # in place: the batch norm before it keeps its input, not its output
+        return self.relu(x)  # after the sum, not before: else a block could only ever add
 
 
 class ResNet(nn.Module):

@@ -427,7 +427,7 @@ def test_first_column_is_green_for_exactly_the_hits(tmp_path):
         Image.new("RGB", (8, 16), tuple(shade.tolist())).save(path)
     dataset = load_dataset("market1501", root)
     result, q, g = evaluate.evaluate(MeanColour(), dataset, RECIPE, workers=0)
-    draw_ranks(tmp_path / "ranks.png", dataset, q, g, rows=12, columns=3)
+    draw_ranks(tmp_path / "ranks.png", dataset, result, q, g, rows=12, columns=3)
     picture = Image.open(tmp_path / "ranks.png")
     tops = [y for y in range(picture.height) if picture.getpixel((12, y)) == evaluate.GREY
             and picture.getpixel((12, y - 1)) != evaluate.GREY]
