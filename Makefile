@@ -2,7 +2,7 @@
 #   PYTHON=python make test        uses the environment you are in
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test pretrain-personvit finetune evaluate bench clean
+.PHONY: help demo study test pretrain-personvit finetune evaluate bench clean
 
 DATASET   ?= synthetic
 DATA_ROOT ?= data
@@ -25,8 +25,11 @@ help:  ## this list
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-demo: $(SETUP)  ## synthetic people: draw, fine-tune, evaluate, rank-list picture; minutes on a CPU
+demo: $(SETUP)  ## synthetic people: draw, pre-train, fine-tune, evaluate, rank list; minutes on a CPU
 	$(PYTHON) train.py --demo --data-root $(DATA_ROOT) $(FLAGS)
+
+study: $(SETUP)  ## the demo's table with mean and spread over three seeds
+	$(PYTHON) train.py --study --data-root $(DATA_ROOT) $(FLAGS)
 
 test: $(SETUP)  ## all tests, on the CPU
 	$(PYTHON) -m pytest -q tests *.py --doctest-modules

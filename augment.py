@@ -6,7 +6,7 @@
 Every parameter is drawn per sample, on the CPU, from a generator set by (seed, step); the pixels
 are changed by tensor operations that are the same on CPU and GPU. So augmentation costs no worker
 processes, a run that resumes at step n draws what the uninterrupted run drew, and 8 processes draw
-what one would. Read `Draws`, then `MultiCrop.view`.
+what one would. Read `Draws`, then `MultiCrop`.
 """
 
 import functools

@@ -181,11 +181,9 @@ def find_folder(name: str, root: Path, inside: Sequence[str]) -> Path:
         if any((place / i).exists() for i in inside):
             return place
     raise InputError(
-        f"{name} not found: no {' or '.join(inside)} in "
-        f"{', '.join(map(str, dict.fromkeys(places)))}. "
-        f"Expected {root / folders[0]}/{{{','.join(inside)}, ...}}. "
-        f"Ask for it at: {LAYOUTS[name].ask}. "
-        f"(--dataset synthetic needs no data; --data-root names another folder)")
+        f"{name} not found: no {inside[0]} in {root} nor in {' or '.join(folders)} below it. "
+        f"Ask for it at: {LAYOUTS[name].ask}. (--dataset synthetic needs no data; --data-root "
+        f"names another folder)")
 
 
 def list_images(folder: Path, recursive: bool = False) -> list[str]:

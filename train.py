@@ -29,6 +29,7 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -156,9 +157,11 @@ def pretrain_recipe_for(dataset: str, arch: str | None = None) -> PersonViTRecip
     arch = arch or ("vit_mini" if dataset == "synthetic" else "vit_small")
     values: dict = {"norm_last_layer": arch == "vit_base"}
     if dataset == "synthetic":  # a thousand small images on a CPU [ours]
-        values |= dict(size=(128, 64), epochs=20, batch=32, lr=4e-3, warmup=2, weight_decay_end=0.1,
-                       momentum=0.99, prototypes=512, hidden=512, bottleneck=128, temp_warmup=5,
-                       local_crops=4, local_scale=(0.1, 0.6))
+        # warmer teachers (0.04 and more) go flat on so few images: the log flags COLLAPSE?
+        values |= dict(size=(128, 64), epochs=20, batch=32, lr=8e-3, warmup=2, weight_decay_end=0.1,
+                       prototypes=1024, hidden=512, bottleneck=128, norm_last_layer=True,
+                       teacher_temp=0.02, teacher_temp_end=0.02, local_crops=4,
+                       local_scale=(0.1, 0.6))
     elif dataset != "luperson":  # thousands of images, one machine [ours]
         values |= dict(epochs=200, batch=128, local_crops=6, temp_warmup=20)
     return PersonViTRecipe(arch=arch, **values)
@@ -263,7 +266,7 @@ class Run:
     """
 
     def __init__(self, folder: str | Path, recipe: dict, overwrite: bool = False):
-        self.folder, self.overwrite = Path(folder), overwrite
+        self.folder, self.overwrite, self.seconds = Path(folder), overwrite, 0.0
         self.recipe = json.loads(json.dumps(recipe))  # tuples become lists, as when read back
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -329,6 +332,7 @@ class Run:
             for name, part in parts.items():
                 part.load_state_dict(state[name])
             self.cut_log(state["log_size"])
+            self.seconds = state["seconds"]  # of training, over all starts
             print(f"going on at step {state['step']:,} from {path}", flush=True)
             return int(state["step"]), set(state["bad"])
         except (InputError, KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -414,7 +418,7 @@ def loop(run: Run, images: Images, sampler, recipe, parts: dict, take_step, mach
     """
     last, meter = recipe.epochs * len(sampler), Meter()
     with run.begin(), stop_requests() as stop:
-        first, bad = run.restore(parts)
+        (first, bad), start = run.restore(parts), time.perf_counter()
         loader = batches(images, sampler, first, recipe.epochs, machine.workers)
         for step, (x, asked, used) in enumerate(meter.waiting(loader), first):
             bad.update(asked[asked != used].tolist())
@@ -437,8 +441,10 @@ def loop(run: Run, images: Images, sampler, recipe, parts: dict, take_step, mach
             if after_epoch and done % len(sampler) == 0:
                 after_epoch(done // len(sampler))
             if saves or stop:
+                run.seconds, start = run.seconds + time.perf_counter() - start, time.perf_counter()
                 run.save("checkpoint.pth", {"format": "reid-checkpoint", "step": done,
                                             "bad": sorted(bad), "log_size": run.log_size(),
+                                            "seconds": run.seconds,
                                             **{n: p.state_dict() for n, p in parts.items()}})
             if stop:
                 sys.exit(f"stopped after step {done:,} of {last:,}; {run.folder}/checkpoint.pth "
@@ -555,7 +561,7 @@ def fine_tune_and_evaluate(recipe: Recipe, dataset, out, overwrite: bool = False
                          f"serve --pretrain")
     if weights and overwrite and Path(weights).resolve().parent == Path(out).resolve():
         raise InputError(f"--overwrite would delete {weights}; choose another folder with --out")
-    start, ids = time.perf_counter(), len({r.pid for r in dataset.train})
+    ids = len({r.pid for r in dataset.train})
     run = open_run(out, recipe, dataset, overwrite, machine, weights=weights)
     print(f"  id loss of a network that knows nothing: ln({ids}) = {math.log(max(ids, 1)):.2f}")
     model = fine_tune(recipe, dataset, run, weights, machine)
@@ -572,9 +578,9 @@ def fine_tune_and_evaluate(recipe: Recipe, dataset, out, overwrite: bool = False
     numbers = {"mAP": result.mAP, "mAP_market": result.mAPs["market"],
                **{f"rank{k}": float(result.cmc[k - 1]) for k in (1, 5, 10)},
                "valid": result.valid, "queries": result.total,
-               "minutes": round((time.perf_counter() - start) / 60, 1)}
+               "minutes": round(run.seconds / 60, 1)}
     run.write("results.json", json.dumps(numbers, indent=1).encode())
-    print(f"{result}\nsaved {run.folder / 'model.pth'}, {numbers['minutes']} minutes", flush=True)
+    print(f"{result}\nsaved {run.folder}/model.pth; training took {numbers['minutes']} minutes")
     return result, q, g
 
 
@@ -704,35 +710,58 @@ def save_backbone(run: Run, name: str, recipe: PersonViTRecipe, model, epoch: in
 
 
 # ---------------------------------------------------------------------------------------------
-# The demo
+# The demo and the study
 # ---------------------------------------------------------------------------------------------
 
 
-def demo(data_root: str, out: Path, overwrite: bool, machine: Machine) -> None:
-    """Synthetic people, from nothing to a table and a picture, on a laptop's CPU."""
-    start = time.perf_counter()
+def study(seeds: list[int], data_root: str, out: Path, overwrite: bool, machine: Machine) -> None:
+    """Synthetic people, from nothing to a table and a picture; mean and spread over seeds.
+
+    Every trained row has the same fine-tuning; rows differ in the network and in where it starts.
+    """
+    start, rows = time.perf_counter(), {}
     dataset = load_dataset("synthetic", data_root)
-    recipe = recipe_for("synthetic")
-    ids = {s: ([r.pid for r in getattr(dataset, s)], [r.camid for r in getattr(dataset, s)])
-           for s in ("query", "gallery")}
-    colours = rank_features(colour_histograms(dataset.query), *ids["query"],
-                            colour_histograms(dataset.gallery), *ids["gallery"])
-    torch.manual_seed(recipe.seed)
-    untrained = build_backbone(recipe.arch, recipe.size)  # a fresh neck would change no ranking
-    mean, std = recipe.statistics
-    plain, _, _ = evaluate(untrained, dataset, {"size": recipe.size, "mean": mean, "std": std},
-                           workers=machine.workers)
-    trained, q, g = fine_tune_and_evaluate(recipe, dataset, out / recipe.arch, overwrite,
-                                           machine=machine)
-    draw_ranks(out / "ranks.png", dataset, trained, q, g)
-    print(f"\nsynthetic people, {trained.valid}/{trained.total} queries"
-          f"      mAP   rank-1   rank-5  rank-10")
-    for name, result in (("colour histogram", colours), (f"{recipe.arch}, untrained", plain),
-                         (f"{recipe.arch}, {recipe.epochs} epochs", trained)):
-        cmc = "  ".join(f"{result.cmc[k - 1]:7.1%}" for k in (1, 5, 10))
-        print(f"  {name:<32} {result.mAP:7.1%}  {cmc}")
+    labels = [([r.pid for r in part], [r.camid for r in part])
+              for part in (dataset.query, dataset.gallery)]
+    features = [colour_histograms(part) for part in (dataset.query, dataset.gallery)]
+    rows["colour histogram"] = [rank_features(features[0], *labels[0], features[1], *labels[1])]
+    for seed in seeds:
+        torch.manual_seed(seed)
+        plain = recipe_for("synthetic")
+        reading = {"size": plain.size, "mean": plain.statistics[0], "std": plain.statistics[1]}
+        # without BNNeck: a fresh one would change no ranking
+        untrained, _, _ = evaluate(build_backbone(plain.arch, plain.size), dataset, reading,
+                                   workers=machine.workers)
+        rows.setdefault(f"{plain.arch}, untrained", []).append(untrained)
+        before = dataclasses.replace(pretrain_recipe_for("synthetic"), seed=seed)
+        run = open_run(out / f"personvit_{seed}", before, dataset, overwrite, machine)
+        pretrain(before, dataset, run, machine)
+        for arch, origin, weights in (
+                (plain.arch, "random weights", None), (before.arch, "random weights", None),
+                (before.arch, "PersonViT", str(run.folder / "backbone.pth"))):
+            recipe = dataclasses.replace(recipe_for("synthetic", arch), seed=seed)
+            name = f"{arch}, from {origin}"
+            folder = out / f"{name.replace(', from ', '_').replace(' ', '_')}_{seed}"
+            done = fine_tune_and_evaluate(recipe, dataset, folder, overwrite, weights, machine)
+            rows.setdefault(name, []).append(done[0])
+            if done[0].mAP == max(r.mAP for results in rows.values() for r in results):
+                best, best_ranking = name, done
+    draw_ranks(out / "ranks.png", dataset, *best_ranking)
+    print_rows(rows, f"synthetic people, {len(dataset.query)} queries, seeds {seeds}")
     minutes = (time.perf_counter() - start) / 60
-    print(f"rank list in {out / 'ranks.png'}; {minutes:.1f} minutes in all")
+    print(f"rank list of {best} in {out / 'ranks.png'}; {minutes:.1f} minutes in all")
+
+
+def print_rows(rows: dict, title: str) -> None:
+    """One line per method: mean of mAP, rank-1, 5, 10, with the standard deviation over seeds."""
+    heads = ("mAP", "rank-1", "rank-5", "rank-10")
+    print(f"\n{title:<46}" + "".join(f"{head:>14}" for head in heads))
+    for name, results in rows.items():
+        values = np.array([[r.mAP, *(r.cmc[k - 1] for k in (1, 5, 10))] for r in results]) * 100
+        spread = values.std(0, ddof=1) if len(values) > 1 else None
+        cells = [f"{v:.1f} %" if spread is None else f"{v:.1f} +- {s:.1f}"
+                 for v, s in zip(values.mean(0), values.mean(0) if spread is None else spread)]
+        print(f"  {name:<44}" + "".join(f"{cell:>14}" for cell in cells))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -781,7 +810,8 @@ def make_parser(recipe_class=Recipe) -> argparse.ArgumentParser:
         help="cpu or cuda")
     add("--workers", type=int, default=min(os.cpu_count() or 1, 8), help="decoding processes")
     add("--save-every", type=int, default=500, metavar="STEPS", help="checkpoint interval")
-    add("--demo", action="store_true", help="the whole pipeline on synthetic people")
+    add("--demo", action="store_true", help="everything on synthetic people, one seed")
+    add("--study", action="store_true", help="the demo's table over three seeds")
     add("--pretrain", choices=("personvit",), help="pre-train without labels; ends in backbone.pth")
     add("--keep-every", type=int, default=0, metavar="EPOCHS", help="pre-training: keep backbones")
     add("--monitor", metavar="NAME", help="pre-training: labelled dataset to watch mAP on")
@@ -807,8 +837,9 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]
     given = {k: v for k, v in vars(args).items() if k in kind.__dataclass_fields__}
     if args.workers < 0 or args.save_every < 1 or args.monitor_every < 1:
         parser.error("--workers is at least 0, --save-every and --monitor-every at least 1")
-    if args.demo and (given or args.dataset != "synthetic" or args.pretrain or "weights" in args):
-        parser.error("--demo has its own recipes; leave it out to choose one")
+    other = given or args.dataset != "synthetic" or args.pretrain or "weights" in args
+    if (args.demo or args.study) and other:
+        parser.error("--demo and --study have their own recipes; leave them out to choose one")
     if args.pretrain and "weights" in args:
         parser.error("--weights is for fine-tuning; pre-training starts from random weights")
     return args, given
@@ -817,10 +848,12 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]
 def main(argv: list[str] | None = None) -> None:
     args, given = parse_args(argv)
     machine = Machine(args.device, args.workers, args.save_every)
-    if args.demo:
+    if args.demo or args.study:
         # small images, kept in memory after the first epoch: worker processes would not pay
         machine.workers = 0
-        demo(args.data_root, Path(getattr(args, "out", "runs/demo")), args.overwrite, machine)
+        seeds, name = ([0, 1, 2], "study") if args.study else ([0], "demo")
+        out = Path(getattr(args, "out", f"runs/{name}"))
+        study(seeds, args.data_root, out, args.overwrite, machine)
         return
     recipe_of = pretrain_recipe_for if args.pretrain else recipe_for
     recipe = recipe_of(args.dataset, given.pop("arch", None))
