@@ -7,8 +7,7 @@ Fine-tuning for ReID. P identities x K images -> backbone -> feature f -> BNNeck
 The identity loss knows only training identities; the triplet loss shapes distances, which is what
 ranks new people. Three steps equal the reference code's (tests/golden/finetune_3steps).
 
-Pre-training. Unlabelled crops -> views -> the method's losses -> optimiser -> teacher. The loop
-does not know which paper it runs: see `PersonViT` in personvit.py.
+Pre-training. Unlabelled crops -> views -> `PersonViT` (personvit.py) -> optimiser -> teacher.
 
 A run lives in its folder under runs/: recipe.json, log.jsonl, checkpoint.pth, and at the end its
 weights. The same command goes on where the folder stopped: all random draws of a step depend on
