@@ -449,7 +449,8 @@ TIE = 1e-6  # closer similarities of unit vectors are equal: float32 rounds a do
 
 
 def rank_features(q_feats, q_pids, q_camids, g_feats, g_pids, g_camids, max_rank: int = 50,
-                  ap: str = "step", *, q_images=None, g_images=None, chunk: int = 256) -> RankResult:
+                  ap: str = "step", *, q_images=None, g_images=None,
+                  chunk: int = 256) -> RankResult:
     """CMC and mAP of unit features (Q, D) and (G, D), without the (Q, G) matrix in memory.
 
     Cosine similarity ranks as the Euclidean distance of unit vectors does; similarities closer than
