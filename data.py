@@ -242,17 +242,18 @@ def load_msmt17(root: Path, train_only: bool) -> Dataset:
     train_dir, test_dir = ("mask_train_v2", "mask_test_v2") if masked else ("train", "test")
 
     def read(split: str, folder: str) -> list[Record]:
-        file, records = root / f"list_{split}.txt", []
+        file, names, records = root / f"list_{split}.txt", [], []
         for number, line in enumerate(read_text(file).splitlines(), 1):
             match = re.fullmatch(r"(\S+) (\d+)\s*", line)
             camera = match and re.match(LAYOUTS["msmt17"].pattern, os.path.basename(match[1]))
             if not camera or int(camera[1]) < 1:
                 raise InputError(f"{file} line {number}: {line!r} does not read 'path identity' "
                                  f"with the camera in the third field of the file's name")
+            names.append(match[1])
             records.append(Record(str(root / folder / match[1]), int(match[2]), int(camera[1]) - 1))
         if not records:
             raise InputError(f"{file}: the list is empty")
-        check_inside([line.split()[0] for line in read_text(file).splitlines()], file)
+        check_inside(names, file)
         if not os.path.exists(records[0].path):
             raise InputError(f"{records[0].path}: named in {file.name} but missing")
         return records

@@ -455,8 +455,8 @@ def check_finite(value: Tensor | float, step: int, run: Run) -> None:
     if not math.isfinite(value):
         saved = run.folder / "checkpoint.pth"
         last = f"the last good state is in {saved}" if saved.exists() else "nothing was saved yet"
-        raise InputError(f"the loss is {float(value)} at step {step}; {last}; start anew with a "
-                         f"lower --lr or --no-bf16, and another --out")
+        raise InputError(f"the loss or its gradient is {float(value)} at step {step}; {last}; "
+                         f"start anew with a lower --lr or --no-bf16, and another --out")
 
 
 def check_broken(bad: set[int], records) -> None:

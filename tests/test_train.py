@@ -204,7 +204,7 @@ def test_loss_that_is_not_finite_stops_before_the_weights_are_touched(dataset, t
     real, models = train.triplet_loss, []
     monkeypatch.setattr(train, "triplet_loss", lambda *args: real(*args) * torch.nan)
     monkeypatch.setattr(train, "ReIDModel", lambda *args: models.append(ReIDModel(*args)) or models[-1])
-    with pytest.raises(InputError, match="loss is nan at step 0; nothing was saved yet; start anew with a lower --lr"):
+    with pytest.raises(InputError, match="loss or its gradient is nan at step 0; nothing was saved yet; start anew with a lower --lr"):
         tiny_run(dataset, tmp_path / "run")
     assert all(p.isfinite().all() for p in models[0].parameters())
 
