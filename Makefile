@@ -7,6 +7,7 @@
 DATASET   ?= synthetic
 DATA_ROOT ?= data
 FLAGS     ?=
+TRAIN      = $(PYTHON) $(if $(GPUS),-m torch.distributed.run --standalone --nproc-per-node $(GPUS)) train.py
 
 ifndef PYTHON
 PYTHON := .venv/bin/python
@@ -15,7 +16,7 @@ endif
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-19s %s\n", $$1, $$2}'
-	@echo "  variables: DATASET=$(DATASET) DATA_ROOT=$(DATA_ROOT) ARCH= WEIGHTS= FLAGS= PYTHON=$(PYTHON)"
+	@echo "  variables: DATASET=$(DATASET) DATA_ROOT=$(DATA_ROOT) ARCH= WEIGHTS= GPUS= FLAGS= PYTHON=$(PYTHON)"
 
 .venv/ready: requirements.txt
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -34,8 +35,8 @@ study: $(SETUP)  ## the demo's table with mean and spread over three seeds
 test: $(SETUP)  ## all tests, on the CPU
 	$(PYTHON) -m pytest -q tests *.py --doctest-modules
 
-pretrain-personvit: $(SETUP)  ## PersonViT pre-training: DATASET=luperson ARCH=vit_small, or any folder
-	$(PYTHON) train.py --pretrain personvit --dataset $(DATASET) --data-root $(DATA_ROOT) \
+pretrain-personvit: $(SETUP)  ## PersonViT pre-training: DATASET=luperson GPUS=8 ARCH=vit_small, or any folder
+	$(TRAIN) --pretrain personvit --dataset $(DATASET) --data-root $(DATA_ROOT) \
 	  $(if $(ARCH),--arch $(ARCH)) $(FLAGS)
 
 finetune: $(SETUP)  ## fine-tune and evaluate: DATASET=msmt17 ARCH=vit_small WEIGHTS=pretrained.pth

@@ -49,7 +49,8 @@ def command_line(main) -> None:
     try:
         main()
     except (InputError, OSError) as error:
-        sys.exit(f"error: {error}")
+        rank = int(os.environ.get("RANK", 0))  # torchrun's; several may see the same error
+        sys.exit(f"error (process {rank}): {error}" if rank else f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted")
 
@@ -481,7 +482,8 @@ class Images(torch.utils.data.Dataset):
     __getitems__(indices) -> images (B, 3, H, W), asked (B,), used (B,): where used differs from
     asked the file was broken, and the next readable image of the same identity (or, failing that,
     of the list) stands in. Resized images are kept in memory if all fit in `cache_bytes` (default:
-    a quarter of this machine's): nothing random happens before, so a second epoch decodes nothing.
+    a quarter of this machine's, shared by torchrun's processes): nothing random happens before, so
+    a second epoch decodes nothing.
     """
 
     def __init__(self, records: Sequence[Record], size: tuple[int, int],
@@ -492,7 +494,7 @@ class Images(torch.utils.data.Dataset):
         can_fork = hasattr(os, "fork")
         if cache_bytes is None:
             cache_bytes = (os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
-                           if can_fork else 0)
+                           // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if can_fork else 0)
         if can_fork and 0 < len(records) * each <= cache_bytes:
             # anonymous shared memory: forked workers fill one cache, and no /dev/shm limit applies
             self.cache = shared_uint8(len(records) * each).view(len(records), 3, *size)

@@ -20,6 +20,7 @@ import torch
 import torchvision
 
 import evaluate
+import runs
 import train
 from augment import FineTuneTransform
 from data import Images, PKSampler, load_dataset
@@ -104,12 +105,12 @@ def pipeline(repeats: int, device: str, folder: Path) -> None:
               f"{64 * repeats / compute:,.0f}", flush=True)
         epochs = 3
         with tempfile.TemporaryDirectory() as out:
-            run = train.Run(out, {})
+            run = runs.Run(out, {})
             run.log = lambda **values: logged.append(values)
             logged = []
             short = dataclasses.replace(recipe, epochs=epochs, bf16=device != "cpu")
             steps = len(PKSampler([r.pid for r in dataset.train]))
-            train.fine_tune(short, dataset, run, None, train.Machine(device, 1, 10 ** 9, steps))
+            train.fine_tune(short, dataset, run, None, runs.Machine(device, 1, 10 ** 9, steps))
         for values in (logged[0], logged[-1]):
             print(f"    whole loop, epoch {values['epoch']}: {values['img_s']:,} img/s, waiting for data "
                   f"{values['wait']:.1%}")

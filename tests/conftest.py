@@ -1,5 +1,8 @@
 """What the tests share: warnings that count as errors, tiny fabricated datasets, the golden files."""
 
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +13,8 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from data import load_dataset  # noqa: E402  (found through the line above)
 
 
 def pytest_configure(config):
@@ -55,3 +60,27 @@ def market_tree(root: Path, ids: int = 4, images: int = 4, suffix=".jpg", name="
 @pytest.fixture
 def market(tmp_path) -> Path:
     return market_tree(tmp_path / "market1501")
+
+
+@pytest.fixture
+def dataset(market):
+    return load_dataset("market1501", market)
+
+
+def log_lines(run):
+    """The log without what a clock measured."""
+    lines = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("img_s", "wait", "left")} for line in lines]
+
+
+def command(*args, processes=None, **kwargs):
+    """train.py with these arguments, in one process or as torchrun starts it in several."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes else []
+    return subprocess.run([sys.executable, *launcher, ROOT / "train.py", *map(str, args)], capture_output=True,
+                          text=True, **kwargs)
+
+
+def start_command(*args):
+    env = os.environ | {"OMP_NUM_THREADS": "1"}  # a network this small only waits for its second thread
+    return subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, args)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, start_new_session=True, env=env)

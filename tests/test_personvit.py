@@ -193,7 +193,7 @@ def small_views(B=3, L=2, grid=(4, 2), seed=0, ratio=0.5):
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_three_steps_equal_reference(shared):
-    from train import clip_each, matrix_groups
+    from pretrain import clip_each, matrix_groups
     golden = Golden(f"ibot_{'shared' if shared else 'separate'}_head")
     vit = VisionTransformer((32, 32), 8, embed_dim=24, depth=2, num_heads=2)
     model = PersonViT(vit, 40, hidden=32, bottleneck=16, shared_head=shared, norm_last_layer=True).train()

@@ -41,7 +41,9 @@ def test_command_parses(command):
 
 EDGES = {"upreid": set(), "personvit": set(), "synthetic": set(), "augment": set(), "data": {"synthetic"},
          "evaluate": {"upreid", "personvit", "data", "augment"},
-         "train": {"data", "augment", "evaluate", "upreid", "personvit"}}
+         "runs": {"data", "augment", "evaluate"},
+         "pretrain": {"data", "augment", "evaluate", "personvit", "upreid", "runs"},
+         "train": {"data", "augment", "evaluate", "pretrain", "runs"}}
 METHOD_FILES = {"upreid": {"torch"}, "personvit": {"torch"}}
 PACKAGES = {"torch", "torchvision", "numpy", "scipy", "PIL"}
 

@@ -1,0 +1,433 @@
+"""One training run, whatever is trained: recipe, run folder, processes, loop, log.
+
+A run lives in its folder under runs/: recipe.json, log.jsonl, checkpoint.pth, and at the end its
+weights. The same command goes on where the folder stopped: all random draws of a step depend on
+(seed, step) alone, so a resumed run is the uninterrupted one. Under torchrun several processes
+share each batch and average their gradients; the first alone writes. Read `loop`, then `Run`.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+from augment import step_generator
+from data import Images, InputError, closest, write_atomic
+from evaluate import quiet_worker, read_checkpoint
+
+# ---------------------------------------------------------------------------------------------
+# Recipes: hyper-parameters with their limits
+# ---------------------------------------------------------------------------------------------
+
+def option(default, help: str, low: float = -math.inf, high: float = math.inf, choices=None):
+    """A recipe's field: a default, what it is, the values it may have. It becomes a flag."""
+    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high,
+                                                        "choices": choices})
+
+
+def check_recipe(recipe) -> None:
+    """Raise InputError, naming the flag, for a value that a field's `option` does not allow."""
+    for field in dataclasses.fields(recipe):
+        flag, value = "--" + field.name.replace("_", "-"), getattr(recipe, field.name)
+        low, high, choices = (field.metadata[key] for key in ("low", "high", "choices"))
+        if choices and value not in choices:
+            names = [str(c) for c in choices]
+            raise InputError(f"{flag} {value}: did you mean {closest(str(value), names)}?")
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(v, (int, float)) and not low <= v <= high for v in numbers):
+            raise InputError(f"{flag} {value}: must lie between {low:g} and {high:g}")
+
+
+def cosine(t: float, start: float, end: float) -> float:
+    """From start at t = 0 to end at t = 1 along half a cosine wave; constant outside.
+
+    >>> cosine(0, 1.0, 0.0), cosine(0.5, 1.0, 0.0), cosine(2, 1.0, 0.0)
+    (1.0, 0.5, 0.0)
+    """
+    return end + (start - end) * (1 + math.cos(math.pi * min(max(t, 0), 1))) / 2
+
+
+# ---------------------------------------------------------------------------------------------
+# The run folder
+# ---------------------------------------------------------------------------------------------
+
+RUN_FILES = ("recipe.json", "log.jsonl", "checkpoint.pth", "model.pth", "backbone.pth",
+             "backbone_e*.pth", "results.json")
+
+
+class Run:
+    """A folder that holds one run. Opening it only looks; `begin` writes, once all is in order.
+
+    Raises InputError for a folder that cannot be written, that holds another recipe, or files that
+    are no run's, unless `overwrite` allows to start over. Of several processes the first writes.
+    """
+
+    def __init__(self, folder: str | Path, recipe: dict, overwrite: bool = False, rank: int = 0):
+        self.folder, self.overwrite, self.seconds = Path(folder), overwrite, 0.0
+        self.writes = rank == 0
+        self.recipe = json.loads(json.dumps(recipe))  # tuples become lists, as when read back
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{folder}: cannot be used for the results ({error.strerror}); "
+                             f"choose another folder with --out") from None
+        if not os.access(self.folder, os.W_OK):
+            raise InputError(f"{folder}: is read-only; choose another folder with --out")
+        present = [path.name for path in self.files()]
+        if "recipe.json" in present and not overwrite:
+            self.compare()
+        elif present and not overwrite:
+            raise InputError(f"{folder} holds {', '.join(present)} of something else; choose "
+                             f"another folder with --out, or --overwrite to delete them")
+
+    def files(self) -> list[Path]:
+        """What a run may have left here, and --overwrite deletes."""
+        return [p for pattern in RUN_FILES for p in sorted(self.folder.glob(pattern))]
+
+    def compare(self) -> None:
+        try:
+            old = json.loads((self.folder / "recipe.json").read_text())
+            changed = [f"{k}: {old.get(k)} there, {self.recipe.get(k)} now"
+                       for k in sorted({*old, *self.recipe}) if old.get(k) != self.recipe.get(k)]
+        except (ValueError, AttributeError, OSError):
+            changed = ["its recipe.json is damaged"]
+        if changed:
+            raise InputError(f"{self.folder} holds a run with another recipe "
+                             f"({'; '.join(changed)}); choose another folder with --out, or start "
+                             f"over with --overwrite")
+
+    @contextlib.contextmanager
+    def begin(self):
+        """Hold the folder for this run; delete what `overwrite` allows, write recipe.json."""
+        wait_for_all()  # everyone has looked at the folder before the first process changes it
+        if not self.writes:
+            wait_for_all()
+            yield
+            return
+        with open(self.folder / "lock", "w") as handle:
+            if fcntl:  # not on Windows
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:
+                    raise InputError(f"another process is training in {self.folder}; wait for "
+                                     f"it, or choose another folder with --out") from None
+            if self.overwrite:
+                for path in self.files():
+                    path.unlink()
+                self.overwrite = False
+            self.write("recipe.json", json.dumps(self.recipe, indent=1).encode())
+            wait_for_all()  # the others may read the folder now
+            yield
+
+    def write(self, name: str, content: bytes) -> None:
+        if self.writes:
+            write_atomic(self.folder / name, lambda handle: handle.write(content))
+
+    def save(self, name: str, content: dict) -> None:
+        if self.writes:
+            write_atomic(self.folder / name, lambda handle: torch.save(content, handle))
+
+    def restore(self, parts: dict) -> tuple[int, set[int]]:
+        """Fill parts from the checkpoint, if there is one; (steps done, broken images seen)."""
+        path = self.folder / "checkpoint.pth"
+        if not path.exists():
+            self.cut_log(0)
+            return 0, set()
+        try:
+            state = read_checkpoint(path)
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            self.cut_log(state["log_size"])
+            self.seconds = state["seconds"]  # of training, over all starts
+            print(f"going on at step {state['step']:,} from {path}", flush=True)
+            return int(state["step"]), set(state["bad"])
+        except (InputError, KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise InputError(f"{path} is damaged ({str(error)[:150]}); delete it to start from "
+                             f"the first step") from None
+
+    def log(self, **values) -> None:
+        """One JSON object per line, to the screen and to log.jsonl."""
+        if not self.writes:
+            return
+        line = json.dumps({k: float(f"{v:.5g}") if isinstance(v, float) else v
+                           for k, v in values.items()})
+        print(line, flush=True)
+        with open(self.folder / "log.jsonl", "a") as handle:
+            handle.write(line + "\n")
+
+    def log_size(self) -> int:
+        path = self.folder / "log.jsonl"
+        return path.stat().st_size if path.exists() else 0
+
+    def cut_log(self, size: int) -> None:
+        """Forget lines written after the checkpoint: those steps are about to be run again."""
+        if self.writes and self.log_size() > size:
+            os.truncate(self.folder / "log.jsonl", size)
+
+
+@contextlib.contextmanager
+def stop_requests():
+    """Ctrl-C or SIGTERM asks the loop to stop between two steps; a second Ctrl-C kills at once."""
+    asked: list[int] = []
+
+    def handler(number, _):
+        asked.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    old = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for s, previous in old.items():
+            signal.signal(s, previous)
+
+
+# ---------------------------------------------------------------------------------------------
+# The machine, and the processes that share the work
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Machine:
+    """Where and how a run computes; nothing here changes its result on one kind of device, beyond
+    rounding (and, with several processes, stochastic depth's draws)."""
+
+    device: str = "cpu"
+    workers: int = 2          # decoding processes
+    save_every: int = 500     # steps between checkpoints
+    log_every: int = 20       # steps between log lines
+    compile: bool = False     # fuse the ViT blocks' small operations with torch.compile
+    rank: int = 0             # this process among
+    world: int = 1            # ... the processes that share each batch
+
+
+@contextlib.contextmanager
+def processes(machine: Machine):
+    """The machine with rank and world as torchrun sets them; plain `python` is a world of one."""
+    if "WORLD_SIZE" not in os.environ:
+        yield machine
+        return
+    rank, world, local = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    device, backend = machine.device, "gloo"
+    if device == "cuda":
+        if local >= torch.cuda.device_count():
+            raise InputError(f"process {local} of this machine has no GPU of its own, there are "
+                             f"{torch.cuda.device_count()}; start fewer processes")
+        device, backend = f"cuda:{local}", "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device)
+    # an hour: the others wait while the first evaluates
+    dist.init_process_group(backend, timeout=timedelta(hours=1))
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(
+                nowhere if rank else sys.stdout):
+            yield replace(machine, device=device, rank=rank, world=world)
+    finally:
+        dist.destroy_process_group()
+
+
+def together() -> bool:
+    """Are there several processes?"""
+    return dist.is_available() and dist.is_initialized()
+
+
+def wait_for_all() -> None:
+    if together():
+        dist.barrier()
+
+
+def first_then_others(rank: int, action):
+    """The result of action(), run by the first process before the others (it may write files)."""
+    if rank:
+        wait_for_all()
+    result = action()
+    if not rank:
+        wait_for_all()
+    return result
+
+
+def anyone(flag: bool) -> bool:
+    """Does any process say so? They must stop after the same step."""
+    if not together():
+        return flag
+    flags = torch.tensor(int(flag))  # on the CPU: a GPU is not kept waiting
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return bool(flags)
+
+
+def union(mine: set) -> set:
+    """What all processes have found."""
+    if not together():
+        return mine
+    parts: list = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    return set().union(*parts)
+
+
+def average_gradients(parameters) -> None:
+    """Mean of every gradient over all processes: the gradient of the whole batch's mean loss.
+
+    One message after the backward pass. DistributedDataParallel would send while it still runs, at
+    the price of a wrapper around the model; ViT-S has 25 million numbers to send.
+    """
+    if together():
+        grads = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        parts = flat.split([g.numel() for g in grads])
+        torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads)])
+
+
+# ---------------------------------------------------------------------------------------------
+# The loop
+# ---------------------------------------------------------------------------------------------
+
+
+def batches(images: Images, sampler, first_step: int, epochs: int, workers: int):
+    """uint8 batches (images, asked, used) from a global step to the end of the last epoch."""
+    def indices():
+        for epoch in range(first_step // len(sampler), epochs):
+            sampler.set_epoch(epoch)
+            skip = max(first_step - epoch * len(sampler), 0)
+            yield from itertools.islice(sampler, skip, None)
+
+    # one loader for all epochs: workers live as long as the run, none starts over at an epoch's end
+    return torch.utils.data.DataLoader(images, batch_sampler=indices(), num_workers=workers,
+                                       collate_fn=keep, worker_init_fn=quiet_worker,
+                                       pin_memory=torch.cuda.is_available())
+
+
+def keep(batch):
+    return batch
+
+
+def loop(run: Run, images: Images, sampler, recipe, parts: dict, take_step, machine: Machine,
+         after_epoch=None, collapsed=None) -> None:
+    """Run take_step over all batches of all epochs, logging, saving, going on from a checkpoint.
+
+    take_step(step, x, used) -> scalars to log; x is the uint8 batch, used the indices of its
+    images. parts: whatever has a state_dict and belongs into the checkpoint. after_epoch(epoch),
+    1-based. collapsed(values) -> bool judges each log line. Raises InputError for too many broken
+    images; take_step does for a loss that is not finite (`check_finite`).
+    """
+    last, meter = recipe.epochs * len(sampler), Meter()
+    with run.begin(), stop_requests() as stop:
+        (first, bad), start = run.restore(parts), time.perf_counter()
+        loader = batches(images, sampler, first, recipe.epochs, machine.workers)
+        for step, (x, asked, used) in enumerate(meter.waiting(loader), first):
+            bad.update(asked[asked != used].tolist())
+            check_broken(bad, images.records)
+            x = x.to(machine.device, non_blocking=True)
+            # stochastic depth draws from the global generator; a key of its own, as equal keys
+            # would tie it to the augmentation's draws
+            torch.manual_seed(step_generator(recipe.seed, step, 3, machine.rank).initial_seed())
+            meter.add(len(x) * machine.world, **take_step(step, x, used))
+            done = step + 1
+            logs, saves = (done % n == 0 or done == last for n in (machine.log_every,
+                                                                   machine.save_every))
+            if logs or saves or machine.device == "cpu":  # on a GPU, looking costs time
+                check_finite(meter.sums["total"] + meter.sums.get("grad_norm", 0), step, run)
+            stopping = anyone(bool(stop))
+            if logs or saves or stopping:
+                bad = union(bad)
+            if logs:
+                values = meter.read(last - done)
+                flag = {"warning": "COLLAPSE?"} if collapsed and collapsed(values) else {}
+                run.log(epoch=step // len(sampler) + 1, step=done, steps=last, **values,
+                        broken_images=len(bad), **flag)
+            if after_epoch and done % len(sampler) == 0:
+                after_epoch(done // len(sampler))
+            if saves or stopping:
+                run.seconds, start = run.seconds + time.perf_counter() - start, time.perf_counter()
+                run.save("checkpoint.pth", {"format": "reid-checkpoint", "step": done,
+                                            "bad": sorted(bad), "log_size": run.log_size(),
+                                            "seconds": run.seconds,
+                                            **{n: p.state_dict() for n, p in parts.items()}})
+            if stopping:
+                sys.exit(f"stopped after step {done:,} of {last:,}; {run.folder}/checkpoint.pth "
+                         f"holds it, the same command goes on from there")
+
+
+def check_finite(value: Tensor | float, step: int, run: Run) -> None:
+    """Stop a run whose loss or gradient is NaN or infinite, its weights being as they were."""
+    if not math.isfinite(value):
+        saved = run.folder / "checkpoint.pth"
+        last = f"the last good state is in {saved}" if saved.exists() else "nothing was saved yet"
+        raise InputError(f"the loss or its gradient is {float(value)} at step {step}; {last}; "
+                         f"start anew with a lower --lr or --no-bf16, and another --out")
+
+
+def check_broken(bad: set[int], records) -> None:
+    if len(bad) > 0.01 * len(records):
+        names = ", ".join(records[i].path for i in sorted(bad)[:3])
+        raise InputError(f"{len(bad)} of {len(records)} training images cannot be read, more than "
+                         f"1 %: {names}; the copy of the dataset is damaged")
+
+
+class Meter:
+    """Means between two log lines, images per second, and the share of time spent waiting."""
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self) -> None:
+        self.sums, self.steps, self.images, self.waited = {}, 0, 0, 0.0
+        self.since = time.perf_counter()
+
+    def waiting(self, loader):
+        """Pass batches through, counting the time the loop stands still for each."""
+        iterator, end = iter(loader), object()
+        while True:
+            start = time.perf_counter()
+            batch = next(iterator, end)
+            self.waited += time.perf_counter() - start
+            if batch is end:
+                return
+            yield batch
+
+    def add(self, images: int, **values: Tensor | float) -> None:
+        for name, value in values.items():  # summed on the device: reading would wait for the GPU
+            value = value.detach() if isinstance(value, Tensor) else value
+            self.sums[name] = self.sums.get(name, 0) + value
+        self.steps, self.images = self.steps + 1, self.images + images
+
+    def read(self, steps_left: int) -> dict[str, float | str]:
+        values = {name: float(total) / self.steps for name, total in self.sums.items()}
+        seconds = time.perf_counter() - self.since
+        left = seconds / self.steps * steps_left
+        values |= {"img_s": round(self.images / seconds, 1),
+                   "wait": round(self.waited / seconds, 3),
+                   "left": f"{int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d}"}
+        self.reset()
+        return values
+
+
+def open_run(out, recipe, dataset, overwrite: bool, machine: Machine, **more) -> Run:
+    """The run folder for a recipe and the data it is about to see; prints both."""
+    check_recipe(recipe)
+    described = dataclasses.asdict(recipe) | {"dataset": dataset.name, **more,
+                                              "data": dataset.fingerprint()}
+    run = Run(out, described, overwrite, machine.rank)
+    print(f"run {run.folder}: " + " ".join(f"{k}={v}" for k, v in described.items()))
+    print(f"  torch {torch.__version__}, {machine.world} x {machine.device}, "
+          f"{torch.get_num_threads()} threads")
+    if 0 < recipe.epochs <= recipe.warmup:
+        print(f"WARNING: warm-up takes all {recipe.epochs} epochs; --warmup shortens it")
+    return run

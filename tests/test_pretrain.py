@@ -1,0 +1,143 @@
+"""Pre-training: schedules, the step, resuming, several processes, and that it learns something."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import Golden, command, log_lines
+
+import evaluate
+import pretrain
+import runs
+import train
+from data import InputError
+from personvit import PersonViT, VisionTransformer
+from runs import Machine, Run
+
+SMALL = pretrain.PersonViTRecipe(arch="vit_mini", size=(64, 32), epochs=3, batch=4, warmup=1, prototypes=16, hidden=16,
+                              bottleneck=8, temp_warmup=2, local_crops=2, drop_path=0.2, freeze_last_layer=1)
+
+
+def test_schedules_equal_reference():
+    golden = Golden("ibot_schedules")
+    recipe = dataclasses.replace(pretrain.PersonViTRecipe(), epochs=30, batch=512, lr=5e-4, warmup=10)
+    values = [pretrain.pretrain_schedule(recipe, step, 7) for step in range(210)]
+    for ours, theirs in (("lr", "lr"), ("weight_decay", "wd"), ("momentum", "momentum")):
+        np.testing.assert_allclose([v[ours] for v in values], golden[theirs], rtol=1e-6, atol=1e-12)
+    temps = [pretrain.pretrain_schedule(dataclasses.replace(recipe, temp_warmup=30, epochs=40), e * 7, 7)["teacher_temp"]
+             for e in (0, 29, 39)]
+    np.testing.assert_allclose(temps, [0.04, 0.07, 0.07])
+
+
+def test_gradients_are_clipped_per_tensor():
+    a, b = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
+    a.grad, b.grad = torch.tensor([3.0, 4.0]), torch.tensor([0.1, 0.0])
+    norm = pretrain.clip_each([a, b, torch.nn.Parameter(torch.zeros(1))], 1.0)
+    torch.testing.assert_close(a.grad, torch.tensor([0.6, 0.8]), rtol=1e-5, atol=1e-6)
+    assert b.grad.tolist() == pytest.approx([0.1, 0.0]) and norm.item() == pytest.approx((25 + 0.01) ** 0.5)
+
+
+def test_decay_acts_on_matrices_only():
+    model = PersonViT(VisionTransformer((32, 16), 8, embed_dim=8, depth=1, num_heads=2), 5, 8, 4)
+    matrices, others = pretrain.matrix_groups(model)
+    assert all(p.ndim > 1 for p in matrices["params"]) and all(p.ndim == 1 for p in others["params"])
+    assert others["decay"] == 0 and len(matrices["params"]) + len(others["params"]) == sum(
+        p.requires_grad for p in model.parameters())
+
+
+def pretrain_run(dataset, folder, recipe=SMALL, **kwargs):
+    run = Run(folder, dataclasses.asdict(recipe))
+    machine = Machine("cpu", 0, kwargs.pop("save_every", 500), log_every=2)
+    return pretrain.pretrain(recipe, dataset, run, machine, **kwargs), run
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 6])
+def test_resumed_pretraining_equals_the_uninterrupted_one(dataset, tmp_path, stop_at, monkeypatch):
+    whole, run_whole = pretrain_run(dataset, tmp_path / "whole")
+
+    def save_then_die(self, name, content, save=Run.save):
+        save(self, name, content)
+        if content.get("step") == stop_at:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "save", save_then_die)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain_run(dataset, tmp_path / "cut", save_every=1)
+    monkeypatch.undo()
+    resumed, run_cut = pretrain_run(dataset, tmp_path / "cut", save_every=1)
+    for key, value in whole.state_dict().items():                # student, teacher, centres
+        assert torch.equal(value, resumed.state_dict()[key]), key
+    assert log_lines(run_whole)[-1] == log_lines(run_cut)[-1]
+    files = [(run.folder / "backbone.pth").read_bytes() for run in (run_whole, run_cut)]
+    assert files[0] == files[1]
+
+
+def test_pretraining_ends_in_weights_that_fine_tune(dataset, tmp_path):
+    frozen = dataclasses.replace(SMALL, freeze_last_layer=99)
+    model, run = pretrain_run(dataset, tmp_path / "a", frozen, keep_every=2, monitor=dataset, monitor_every=3)
+    names = sorted(p.name for p in run.folder.iterdir())
+    assert names == ["backbone.pth", "backbone_e0002.pth", "checkpoint.pth", "lock", "log.jsonl", "recipe.json"]
+    torch.manual_seed(SMALL.seed)
+    start = PersonViT(evaluate.build_backbone("vit_mini", (64, 32), 0.2), 16, 16, 8, norm_last_layer=False)
+    for name, p in model.named_parameters():                     # prototypes stood still, the rest moved
+        if name.startswith("student") and p.ndim > 1:
+            assert torch.equal(p, start.get_parameter(name)) == ("last_layer" in name), name
+    lines = log_lines(run)
+    assert [line["mAP"] for line in lines if "monitor" in line] and lines[0]["momentum"] < 1
+    assert {"total", "cls", "patch", "entropy", "kl", "prototypes", "feature_std", "grad_norm", "lr", "weight_decay",
+            "teacher_temp"} <= set(lines[0])
+    still = train.Recipe(arch="vit_mini", size=(64, 32), epochs=1, ids=3, images=2, lr=0.0)
+    tuned = train.fine_tune(still, dataset, Run(tmp_path / "b", {}), run.folder / "backbone.pth", Machine("cpu", 0))
+    exported = model.backbone_for_export().state_dict()
+    assert all(torch.equal(v, exported[k]) for k, v in tuned.base.state_dict().items())
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_bad_step_of_pretraining_touches_no_weight(dataset, tmp_path, monkeypatch, where):
+    """The third of 12 steps goes wrong, also when only the gradient shows it; no NaN is ever saved."""
+    models, steps, real = [], [], PersonViT.forward
+
+    def forward(self, *args, **kwargs):
+        models[:] = [self]
+        losses = real(self, *args, **kwargs)
+        if len(steps) == 2:
+            losses["total"] = losses["total"] * (math.nan if where == "loss" else 1)
+            if where == "gradient":
+                losses["total"].register_hook(lambda g: g * math.inf)
+        steps.append(0)
+        return losses
+
+    monkeypatch.setattr(PersonViT, "forward", forward)
+    with pytest.raises(InputError, match="step 2; the last good state is in .*checkpoint.pth"):
+        pretrain_run(dataset, tmp_path / "run", save_every=1)
+    assert all(p.isfinite().all() for p in models[0].parameters())
+    state = torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)
+    assert state["step"] == 2 and all(v.isfinite().all() for v in state["model"].values())
+
+
+def test_pretraining_needs_a_vit_and_enough_images(dataset, tmp_path):
+    with pytest.raises(InputError, match="--arch resnet50: did you mean"):
+        runs.check_recipe(pretrain.pretrain_recipe_for("luperson", "resnet50"))
+    with pytest.raises(InputError, match="the set has 16"):
+        pretrain_run(dataset, tmp_path / "run", dataclasses.replace(SMALL, batch=64))
+    with pytest.raises(InputError, match="32x16 is too small.*need 32 pixels"):
+        pretrain_run(dataset, tmp_path / "run", dataclasses.replace(SMALL, size=(32, 16)))
+    for name in ("luperson", "market1501", "synthetic"):
+        runs.check_recipe(pretrain.pretrain_recipe_for(name))
+
+
+def test_two_processes_equal_one(market, tmp_path):
+    """The same global batches, one network: losses, gradients and all weights up to rounding."""
+    flags = ["--pretrain", "personvit", "--dataset", market, "--arch", "vit_mini", "--size", "64x32", "--epochs", 2,
+             "--batch", 4, "--warmup", 1, "--prototypes", 16, "--hidden", 16, "--bottleneck", 8, "--local-crops", 2,
+             "--drop-path", 0, "--workers", 0, "--save-every", 3]
+    for processes in (None, 2):
+        done = command(*flags, "--out", tmp_path / f"run{processes}", processes=processes)
+        assert done.returncode == 0, done.stderr
+    one, two = (torch.load(tmp_path / f"run{p}" / "checkpoint.pth", weights_only=True) for p in (None, 2))
+    assert one["step"] == two["step"] == 8
+    for name, value in one["model"].items():
+        torch.testing.assert_close(two["model"][name], value, rtol=1e-3, atol=1e-5, msg=lambda m: f"{name}: {m}")
+    assert done.stdout.count("run ") == 1                        # the first process speaks for all
