@@ -2,12 +2,15 @@
 
 1. forward + backward of our networks beside torchvision's of the same size, interleaved, so that a
    change of the machine's mood hits both; ratio = median of the paired times (below 1: ours is faster)
-2. images per second: decoded and resized; augmented; fine-tuning step from memory; the whole loop
-3. evaluation: CMC and mAP from features
+2. the pre-training step beside the plain formulation that the reference code has
+3. images per second: decoded and resized; augmented; fine-tuning step from memory; the whole loop
+4. evaluation: CMC and mAP from features
 """
 
 import argparse
 import dataclasses
+import multiprocessing
+import re
 import statistics
 import sys
 import tempfile
@@ -17,12 +20,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+import torch.utils.flop_counter
 import torchvision
 
 import evaluate
+import personvit
+import pretrain
 import runs
 import train
-from augment import FineTuneTransform
+from augment import FineTuneTransform, MultiCrop
 from data import Images, PKSampler, load_dataset
 from personvit import vit_small
 from upreid import resnet50
@@ -73,6 +79,109 @@ def networks(repeats: int, device: str) -> None:
         a, b, ratio = paired(lambda: step(nets[0]), lambda: step(nets[1]), repeats, device)
         print(f"  {name} {size[0]}x{size[1]} forward + backward: ours {B / a:7.1f} img/s, torchvision "
               f"{B / b:7.1f} img/s, time ratio {ratio:.3f}", flush=True)
+
+
+PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bfloat16 FLOP/s, by their data sheets
+
+
+class PlainAttention(personvit.Attention):
+    """Attention that writes its (N, N) matrix, as timm had it."""
+
+    def forward(self, x):
+        B, N, D = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+        return self.proj((weights @ v).transpose(1, 2).reshape(B, N, D))
+
+
+def plain_losses(model, views, teacher_temp: float) -> torch.Tensor:
+    """The objective the reference's way: all tokens of all views through head and prototypes, loops over views."""
+    def net(name, images, *mask):
+        z = model[name]["head"](model[name]["backbone"].forward_features(images, *mask))
+        return model[name]["head"].last_layer(z[:, 0]), model[name]["head"].last_layer2(z[:, 1:])
+
+    model, centers = {"student": model.student, "teacher": model.teacher, "token": model.mask_token}, (
+        model.center, model.patch_center)
+    masks, B = views["masks"].to(views["globals"].device), views["globals"].shape[1]
+    with torch.no_grad():
+        t_cls, t_patch = [out.split(B) for out in net("teacher", views["globals"].flatten(0, 1))]
+    s_cls, s_patch = net("student", views["globals"].flatten(0, 1), masks.flatten(0, 1), model["token"])
+    local_cls, _ = net("student", views["locals"].flatten(0, 1))
+    s_cls, s_patch = torch.cat([s_cls, local_cls]).split(B), s_patch.split(B)
+    cls = patch = 0.0
+    for i in range(len(t_cls)):
+        p_cls = ((t_cls[i] - centers[0]) / teacher_temp).softmax(-1)
+        p_patch = ((t_patch[i] - centers[1]) / teacher_temp).softmax(-1)
+        for j in range(len(s_cls)):
+            if i == j:
+                hidden = masks[i].flatten(1).float()
+                ce = -(p_patch * (s_patch[j] / 0.1).log_softmax(-1)).sum(-1)
+                patch = patch + ((ce * hidden).sum(1) / hidden.sum(1).clamp(min=1)).mean() / len(t_cls)
+            else:
+                cls = cls - (p_cls * (s_cls[j] / 0.1).log_softmax(-1)).sum(-1).mean() / (len(t_cls) * (len(s_cls) - 1))
+    return cls + patch
+
+
+def pretraining_step(kind: str, B: int, device: str, arch=vit_small, size=(256, 128)):
+    """A whole step of ViT-S with 2 + 8 crops, "ours" or "plain", on a fixed batch of B noise images."""
+    torch.manual_seed(0)
+    model = personvit.PersonViT(arch(size, drop_path=0.1), norm_last_layer=False).to(device).train()
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(256, (B, 3, *size), dtype=torch.uint8, generator=generator)
+    views = MultiCrop(size)(noise.to(device), 0, 0)
+    views["masks"] = personvit.draw_masks(2 * B, *model.student["backbone"].grid, generator).unflatten(0, (2, B))
+    optimizer = torch.optim.AdamW(pretrain.matrix_groups(model), lr=1e-5, fused=kind == "ours")
+    if kind == "plain":
+        for block in (*model.student["backbone"].blocks, *model.teacher["backbone"].blocks):
+            block.attn.__class__ = PlainAttention
+
+    def step():
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=device != "cpu"):
+            loss = model(views, 0.04, 0.04)["total"] if kind == "ours" else plain_losses(model, views, 0.04)
+        optimizer.zero_grad()
+        loss.backward()
+        pretrain.clip_each(model.parameters(), 3.0)
+        optimizer.step()
+        if kind == "ours":
+            return model.update_teacher(0.996)
+        with torch.no_grad():
+            for t, s in zip(model.teacher.parameters(), model.student.parameters()):
+                t.mul_(0.996).add_(s, alpha=0.004)
+
+    return step
+
+
+def peak_memory(kind: str, B: int, device: str) -> float:
+    """MB that two steps need beyond the model and its batch; run in a process of its own."""
+    step = pretraining_step(kind, B, device)
+    if device != "cpu":
+        before = torch.cuda.memory_allocated()
+        step(), step()
+        return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
+    before = peak_rss()
+    step(), step()
+    return peak_rss() - before
+
+
+def peak_rss() -> float:
+    """MB of this process at its largest; Linux only (getrusage would count the parent's peak)."""
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2 ** 10
+
+
+def pretraining(repeats: int, device: str, quick: bool) -> None:
+    B = 4 if quick else 8 if device == "cpu" else 128
+    steps = [pretraining_step(kind, B, device) for kind in ("ours", "plain")]
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        steps[0]()
+    a, b, ratio = paired(*steps, max(repeats // 3, 1), device)
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        mine, theirs = (pool.apply(peak_memory, (kind, B, device)) for kind in ("ours", "plain"))
+    rate = counter.get_total_flops() / a
+    peak = [flops for name, flops in PEAK.items() if device != "cpu" and name in torch.cuda.get_device_name()]
+    print(f"  PersonViT step, ViT-S/16 256x128, 2 + 8 crops, batch {B}: ours {B / a:.2f} img/s, plain formulation "
+          f"{B / b:.2f} img/s, time ratio {ratio:.3f}; memory {mine:,.0f} MB, plain {theirs:,.0f} MB, ratio "
+          f"{mine / theirs:.3f}; {rate / 1e9:,.0f} GFLOP/s" + (f", {rate / peak[0]:.1%} of the peak" if peak else ""),
+          flush=True)
 
 
 def pipeline(repeats: int, device: str, folder: Path) -> None:
@@ -138,6 +247,7 @@ def main() -> None:
     repeats = 3 if args.quick else 15
     print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads")
     networks(repeats, args.device)
+    pretraining(repeats, args.device, args.quick)
     with tempfile.TemporaryDirectory() as folder:
         pipeline(repeats, args.device, Path(folder))
     ranking(args.device)
