@@ -2,7 +2,7 @@
 #   PYTHON=python make test        uses the environment you are in
 
 .DEFAULT_GOAL := help
-.PHONY: help demo study test pretrain-personvit finetune evaluate bench clean
+.PHONY: help demo study test pretrain-upreid pretrain-personvit finetune evaluate bench clean
 
 DATASET   ?= synthetic
 DATA_ROOT ?= data
@@ -34,6 +34,10 @@ study: $(SETUP)  ## the demo's table with mean and spread over three seeds
 
 test: $(SETUP)  ## all tests, on the CPU
 	$(PYTHON) -m pytest -q tests *.py --doctest-modules
+
+pretrain-upreid: $(SETUP)  ## UP-ReID pre-training: DATASET=luperson GPUS=8, or any folder
+	$(TRAIN) --pretrain upreid --dataset $(DATASET) --data-root $(DATA_ROOT) \
+	  $(if $(ARCH),--arch $(ARCH)) $(FLAGS)
 
 pretrain-personvit: $(SETUP)  ## PersonViT pre-training: DATASET=luperson GPUS=8 ARCH=vit_small, or any folder
 	$(TRAIN) --pretrain personvit --dataset $(DATASET) --data-root $(DATA_ROOT) \

@@ -2,6 +2,7 @@
 
     fine-tuning    flip, pad + crop, normalise, random erasing             `FineTuneTransform`
     PersonViT      2 global and L local crops, colour, blur, solarise      `MultiCrop`
+    UP-ReID        2 views of the image and of its stripes, erasing        `ContrastViews`
 
 Every parameter is drawn per sample, on the CPU, from a generator set by (seed, step); the pixels
 are changed by tensor operations that are the same on CPU and GPU. So augmentation costs no worker
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+LUP_MEAN, LUP_STD = (0.3525, 0.3106, 0.3140), (0.2660, 0.2522, 0.2505)  # of LUPerson [LUP]
 
 # ---------------------------------------------------------------------------------------------
 # Random numbers, and the transform of fine-tuning
@@ -51,20 +53,42 @@ class Draws:
         return self.uniform(0, 1) < p
 
     def rectangles(self, H: int, W: int, area: tuple[float, float], aspect: tuple[float, float],
-                   whole: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """top, left, height, width (B,) and whether one was found (B,); area as a share of H W.
+                   whole: bool, log: bool = True) -> tuple[Tensor, Tensor]:
+        """(B, 4) top, left, height, width, and whether one was found (B,); area as a share of H W.
 
-        aspect = height / width, log-uniform. A rectangle that does not fit is drawn again, ten
-        times; `whole` allows sides as long as the image's.
+        aspect = height / width, log-uniform or uniform. A rectangle that does not fit is drawn
+        again, ten times; `whole` allows sides as long as the image's.
         """
         areas = self.uniform(*area, 10) * H * W
-        aspects = self.uniform(math.log(aspect[0]), math.log(aspect[1]), 10).exp()
+        aspects = (self.uniform(math.log(aspect[0]), math.log(aspect[1]), 10).exp() if log else
+                   self.uniform(*aspect, 10))
         h, w = (areas * aspects).sqrt().round(), (areas / aspects).sqrt().round()    # (B, 10)
         fits = (h < H + whole) & (w < W + whole) & (h > 0) & (w > 0)
         first = fits.int().argmax(1, keepdim=True)
         h, w = h.gather(1, first)[:, 0], w.gather(1, first)[:, 0]
         top, left = self.uniform(0, 1, 2).unbind(1)
-        return (top * (H - h + 1)).floor(), (left * (W - w + 1)).floor(), h, w, fits.any(1)
+        top, left = (top * (H - h + 1)).floor(), (left * (W - w + 1)).floor()
+        return torch.stack([top, left, h, w], dim=1), fits.any(1)
+
+    def crops(self, H: int, W: int, area: tuple[float, float],
+              aspect: tuple[float, float]) -> Tensor:
+        """(B, 4) top, left, height, width of random crops; aspect = width / height, and the whole
+        image where no crop fits."""
+        boxes, found = self.rectangles(H, W, area, (1 / aspect[1], 1 / aspect[0]), whole=True)
+        return torch.where(found[:, None], boxes, torch.tensor([0.0, 0.0, H, W]))
+
+    def erasures(self, H: int, W: int, area: tuple[float, float], log: bool = True) -> Tensor:
+        """(B, 4) top, left, height, width to erase, with probability 0.5, else all 0."""
+        boxes, found = self.rectangles(H, W, area, (0.3, 1 / 0.3), whole=False, log=log)
+        return boxes * (self.chance(0.5) & found)[:, None]
+
+
+def inside(boxes: Tensor, H: int, W: int) -> Tensor:
+    """(n, 4) top, left, height, width -> (n, 1, H, W), True inside the box."""
+    top, left, h, w = boxes.T[:, :, None]                                    # (n, 1) each
+    y, x = torch.arange(H, device=boxes.device), torch.arange(W, device=boxes.device)
+    rows, columns = (y >= top) & (y < top + h), (x >= left) & (x < left + w)
+    return (rows[:, :, None] & columns[:, None, :])[:, None]
 
 
 @functools.lru_cache
@@ -75,8 +99,13 @@ def per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """uint8 (B, 3, H, W) -> float32 of about zero mean and unit variance."""
+    return standardize(images.float() / 255, mean, std)
+
+
+def standardize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Images in [0, 1] -> about zero mean and unit variance."""
     mean, std = (per_channel(tuple(v), images.device) for v in (mean, std))
-    return (images.float() / 255 - mean) / std
+    return (images - mean) / std
 
 
 class FineTuneTransform:
@@ -100,7 +129,8 @@ class FineTuneTransform:
         draws, device = Draws(B, seed, step, self.rank, self.world), images.device
         flip, (top, left) = draws.chance(0.5), draws.uniform(0, 2 * self.pad + 1, 2).long().T
         images = normalize(self.flip_and_crop(images, flip, top, left), self.mean, self.std)
-        erased = self.erase_mask(draws, H, W).to(device, non_blocking=True)
+        erased = draws.erasures(H, W, (0.02, self.erase_area)).to(device, non_blocking=True)
+        erased = inside(erased, H, W)                                        # (B, 1, H, W)
         if not self.noise:
             return images.masked_fill(erased, 0)
         noise = torch.randn((draws.n, 3, H, W), device=device,
@@ -118,16 +148,6 @@ class FineTuneTransform:
         sample = torch.arange(B, device=images.device)[:, None, None]
         images = images[sample, :, rows[:, :, None], columns[:, None, :]]    # (B, H, W, 3)
         return images.permute(0, 3, 1, 2)
-
-    def erase_mask(self, draws: Draws, H: int, W: int) -> Tensor:
-        """(B, 1, H, W), True inside the rectangle of each sample that is erased."""
-        area, aspect = (0.02, self.erase_area), (0.3, 1 / 0.3)
-        top, left, h, w, found = (t[:, None] for t in draws.rectangles(H, W, area, aspect, False))
-        erase = draws.chance(0.5)[:, None] & found
-        y, x = torch.arange(H), torch.arange(W)
-        rows = (y >= top) & (y < top + h) & erase                            # (B, H)
-        columns = (x >= left) & (x < left + w)                               # (B, W)
-        return (rows[:, :, None] & columns[:, None, :])[:, None]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -166,6 +186,20 @@ def blur_matrix(sigma: Tensor, n: int, radius: int = 6) -> Tensor:
     matrix = torch.zeros(len(sigma), n, n, device=sigma.device)
     return matrix.scatter_add_(2, source.expand(len(sigma), -1, -1),
                                weight[:, None, :].expand(-1, n, -1).contiguous())
+
+
+def crop_resize(x: Tensor, boxes: Tensor, flip: Tensor, size: tuple[int, int]) -> Tensor:
+    """Cut out boxes (n, 4), resize, mirror where flip (n,): (n, 3, H, W) -> (n, 3, *size)."""
+    (H, W), (top, left, h, w) = x.shape[2:], boxes.unbind(1)
+    rows = resize_matrix(top, h, H, size[0])                                 # (n, size[0], H)
+    columns = resize_matrix(left, w, W, size[1], flip > 0)                   # (n, size[1], W)
+    return (rows[:, None] @ x @ columns[:, None].mT).clamp(0, 1)
+
+
+def blur(x: Tensor, sigma: Tensor) -> Tensor:
+    """Gaussian blur of images (n, 3, h, w) by sigma (n,) in pixels."""
+    vertical, horizontal = (blur_matrix(sigma, n)[:, None] for n in x.shape[2:])
+    return vertical @ x @ horizontal.mT
 
 
 LUMA = (0.299, 0.587, 0.114)  # of ITU-R 601, as Pillow and torchvision have it
@@ -244,28 +278,72 @@ class MultiCrop:
     def draw(self, draws: Draws, H: int, W: int, scale: tuple[float, float], blur: float,
              solarize: float) -> Tensor:
         """All numbers of one view of each image, (B, 12), in the order `render` takes them."""
-        aspect = (1 / self.aspect[1], 1 / self.aspect[0])                    # height / width
-        top, left, h, w, found = draws.rectangles(H, W, scale, aspect, whole=True)
-        h, w = torch.where(found, h, H), torch.where(found, w, W)
+        boxes = draws.crops(H, W, scale, self.aspect)
         flip, jitter, colourless, blurred, inverted = (
             draws.chance(p) for p in (0.5, 0.8, 0.2, blur, solarize))
         change = draws.uniform(-1, 1, 4) * torch.tensor([0.4, 0.4, 0.2, 0.1]) * jitter[:, None]
         sigma = torch.where(blurred, draws.uniform(0.1, 2), 0.01)            # 0.01 blurs nothing
-        numbers = (top * found, left * found, h, w, flip, colourless, inverted, sigma, *change.T)
+        numbers = (*boxes.T, flip, colourless, inverted, sigma, *change.T)
         return torch.stack([n.float() for n in numbers], dim=1)
 
     def render(self, x: Tensor, numbers: Tensor, size: tuple[int, int], draws: Draws) -> Tensor:
         """Images (n, 3, H, W) in [0, 1] and their numbers (n, 12) -> normalised (n, 3, *size)."""
-        H, W = x.shape[2:]
         order = torch.randperm(4, generator=draws.generator).tolist()
         numbers = numbers.to(x.device, non_blocking=True)
-        top, left, h, w, flip, colourless, inverted, sigma = numbers[:, :8].unbind(1)   # (n,) each
-        rows = resize_matrix(top, h, H, size[0])                             # (n, size[0], H)
-        columns = resize_matrix(left, w, W, size[1], flip > 0)               # (n, size[1], W)
-        x = (rows[:, None] @ x @ columns[:, None].mT).clamp(0, 1)            # (n, 3, *size)
+        flip, colourless, inverted, sigma = numbers[:, 4:8].unbind(1)        # (n,) each
+        x = crop_resize(x, numbers[:, :4], flip, size)                       # (n, 3, *size)
         change = numbers[:, 8:].T[..., None, None, None]                     # (4, n, 1, 1, 1)
         x = colour_jitter(x, 1 + change[0], 1 + change[1], 1 + change[2], change[3], order)
         x = torch.where(colourless.view(-1, 1, 1, 1) > 0, grey(x), x)
-        x = blur_matrix(sigma, size[0])[:, None] @ x @ blur_matrix(sigma, size[1])[:, None].mT
+        x = blur(x, sigma)
         x = torch.where((inverted.view(-1, 1, 1, 1) > 0) & (x >= 0.5), 1 - x, x)
-        return (x - per_channel(IMAGENET_MEAN, x.device)) / per_channel(IMAGENET_STD, x.device)
+        return standardize(x, IMAGENET_MEAN, IMAGENET_STD)
+
+
+class ContrastViews:
+    """UP-ReID's views: uint8 (B, 3, H, W) -> dict of float32.
+
+    "first", "second" (B, 3, H, W): the image, augmented twice. "original": the image as it is, if
+    wanted. "stripes1", "stripes2" (B, M, 3, H / M, W), for M > 0: its M horizontal stripes, each
+    augmented twice like an image of its own. Cut first: crops cut later would pair a head with a
+    knee [ours U3].
+
+    Augmentation is LUPerson's ori-cj+sre: random resized crop of 20 % to all of the area, width /
+    height 3/4 to 4/3 (of squarish images: not tall ones), greyscale 0.2, blur 0.5 with radius
+    U(0.1, 2), flip 0.5, normalisation with LUPerson's statistics, with probability 0.5 a rectangle
+    of 2 to 60 % of the area set to the mean colour. No colour jitter: colours of clothes tell
+    people apart. Ours: bicubic, where torchvision's default is bilinear [LUP, from memory].
+    """
+
+    def __init__(self, original: bool = True, stripes: int = 4, rank: int = 0, world: int = 1):
+        self.original, self.stripes, self.rank, self.world = original, stripes, rank, world
+
+    def __call__(self, images: Tensor, seed: int, step: int) -> dict[str, Tensor]:
+        x, draws = images.float() / 255, Draws(len(images), seed, step, self.rank, self.world)
+        views = {name: self.augment(x[:, None], draws)[:, 0] for name in ("first", "second")}
+        if self.original:
+            views["original"] = standardize(x, LUP_MEAN, LUP_STD)
+        if self.stripes:
+            stripes = x.unflatten(2, (self.stripes, -1)).transpose(1, 2)     # (B, M, 3, H/M, W)
+            views |= {name: self.augment(stripes, draws) for name in ("stripes1", "stripes2")}
+        return views
+
+    def augment(self, x: Tensor, draws: Draws) -> Tensor:
+        """M images or stripes of B people, (B, M, 3, h, w) in [0, 1] -> the same shape."""
+        B, M, _, h, w = x.shape
+        numbers = torch.stack([self.draw(draws, h, w) for _ in range(M)], dim=1).flatten(0, 1)
+        numbers, x = numbers.to(x.device, non_blocking=True), x.flatten(0, 1)
+        flip, colourless, sigma = numbers[:, 4:7].unbind(1)                  # (B M,) each
+        x = crop_resize(x, numbers[:, :4], flip, (h, w))
+        x = torch.where(colourless.view(-1, 1, 1, 1) > 0, grey(x), x)
+        x = standardize(blur(x, sigma), LUP_MEAN, LUP_STD)
+        return x.masked_fill(inside(numbers[:, 7:], h, w), 0).unflatten(0, (B, M))
+
+    def draw(self, draws: Draws, h: int, w: int) -> Tensor:
+        """All numbers of one augmentation of each person's image, (B, 11), as `augment` reads."""
+        boxes = draws.crops(h, w, (0.2, 1.0), (3 / 4, 4 / 3))
+        flip, colourless, blurred = (draws.chance(p) for p in (0.5, 0.2, 0.5))
+        sigma = torch.where(blurred, draws.uniform(0.1, 2), 0.01)            # 0.01 blurs nothing
+        erased = draws.erasures(h, w, (0.02, 0.6), log=False)
+        numbers = (*boxes.T, flip, colourless, sigma, *erased.T)
+        return torch.stack([n.float() for n in numbers], dim=1)

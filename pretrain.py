@@ -1,26 +1,32 @@
-"""Pre-training without labels: the recipes and the step around the objective.
+"""Pre-training without labels: the recipes of both papers, and the loop's step, the same for both.
 
-Unlabelled crops -> views -> `PersonViT` (personvit.py) -> optimiser -> teacher. Read `pretrain`.
+    unlabelled crops -> views (augment.py) -> losses (personvit.py, upreid.py) -> optimiser, teacher
+
+`personvit` and `upreid` put together what is particular to a paper: model, optimiser, views,
+schedule. `pretrain` runs any such `Method`. Read `pretrain` first.
 """
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from augment import IMAGENET_MEAN, IMAGENET_STD, MultiCrop, step_generator
+from augment import (IMAGENET_MEAN, IMAGENET_STD, LUP_MEAN, LUP_STD, ContrastViews, MultiCrop,
+                     step_generator)
 from data import Images, InputError, ShuffleSampler
 from evaluate import ARCHS, build_backbone, evaluate
 from personvit import PersonViT, draw_masks, gathered_mean
-from runs import Machine, Run, average_gradients, cosine, loop, option
+from runs import Machine, Run, average_gradients, check_recipe, cosine, loop, option
+from upreid import UPReID
 
 # ---------------------------------------------------------------------------------------------
 # Recipes
 # ---------------------------------------------------------------------------------------------
 
-VITS = tuple(arch for arch in ARCHS if arch.startswith("vit"))
+VITS, RESNETS = (tuple(a for a in ARCHS if a.startswith(kind)) for kind in ("vit", "resnet"))
 
 
 @dataclass(frozen=True)
@@ -60,26 +66,118 @@ class PersonViTRecipe:
     bf16: bool = option(False, "bfloat16 in the networks; on by default on a GPU")
 
 
-def pretrain_recipe_for(dataset: str, arch: str | None = None) -> PersonViTRecipe:
-    """The pre-training recipe of a dataset and a backbone; arch=None takes the usual one."""
-    arch = arch or ("vit_mini" if dataset == "synthetic" else "vit_small")
-    values: dict = {"norm_last_layer": arch == "vit_base"}
-    if dataset == "synthetic":  # a thousand small images on a CPU [ours]
-        # warmer teachers (0.04 and more) go flat on so few images: the log flags COLLAPSE?
-        values |= dict(size=(128, 64), epochs=20, batch=32, lr=8e-3, warmup=2, weight_decay_end=0.1,
-                       prototypes=1024, hidden=512, bottleneck=128, norm_last_layer=True,
-                       teacher_temp=0.02, teacher_temp_end=0.02, local_crops=4,
-                       local_scale=(0.1, 0.6))
-    elif dataset != "luperson":  # thousands of images, one machine [ours]
-        values |= dict(epochs=200, batch=128, local_crops=6, temp_warmup=20)
-    return PersonViTRecipe(arch=arch, **values)
+@dataclass(frozen=True)
+class UPReIDRecipe:
+    """UP-ReID pre-training on LUPerson: the published values of LUPerson's own MoCo v2 [LUP], which
+    UP-ReID extends, and this project's reading of what it adds [ours U1 to U4]."""
+
+    arch: str = option("resnet50", "backbone [UP-ReID]", choices=RESNETS)
+    size: tuple[int, int] = option((256, 128), "height x width of the views [LUP]", 16, 4096)
+    epochs: int = option(200, "passes over the images [LUP]", 1, 1e6)
+    batch: int = option(2560, "images per step, of all processes [LUP]", 2, 1e6)
+    lr: float = option(0.03, "learning rate, times batch / 256: 0.3 at 2560 [LUP]", 0, 1e3)
+    weight_decay: float = option(1e-4, "on every parameter [LUP]", 0, 1e3)
+    momentum: float = option(0.999, "of the momentum encoder [LUP]", 0, 1)
+    dim: int = option(128, "d, of queries and keys [LUP]", 1, 1e6)
+    queue: int = option(65536, "K, keys of past batches [LUP]", 1, 1e8)
+    temperature: float = option(0.1, "of the instance contrast [LUP]", 1e-3, 1e3)
+    temperature_global: float = option(0.05, "of the consistency [CO2, from memory]", 1e-3, 1e3)
+    temperature_local: float = option(0.1, "of the contrast among stripes [ours U3]", 1e-3, 1e3)
+    weight_global: float = option(1.0, "of the consistency; 0: without [ours U4]", 0, 1e3)
+    weight_local: float = option(1.0, "of the stripes; 0: without [ours U4]", 0, 1e3)
+    stripes: int = option(4, "M, horizontal stripes of an image [ours U3]", 2, 64)
+    hardest: int = option(2, "most similar other stripes that count [ours U3]", 1, 63)
+    groups: int = option(4, "parts of the batch with own batch norm; GPUs count [ours]", 1, 1e4)
+    seed: int = option(0, "of everything random", 0, 2 ** 32 - 1)
+    bf16: bool = option(False, "bfloat16 in the networks; on by default on a GPU")
+
+
+RECIPES = {"personvit": PersonViTRecipe, "upreid": UPReIDRecipe}
+LAPTOP_ARCHS = {"personvit": "vit_mini", "upreid": "resnet_tiny"}
+# small images and networks on a CPU [ours]
+LAPTOP = {
+    # warmer teachers (0.04 and more) go flat on so few images: the log flags COLLAPSE?
+    "personvit": dict(size=(128, 64), epochs=20, batch=32, lr=8e-3, warmup=2, weight_decay_end=0.1,
+                      momentum=0.98, prototypes=1024, hidden=512, bottleneck=128,
+                      norm_last_layer=True, teacher_temp=0.02, teacher_temp_end=0.02,
+                      local_crops=4, local_scale=(0.1, 0.6)),
+    "upreid": dict(size=(128, 64), epochs=20, batch=64, lr=0.12, momentum=0.99, queue=512),
+}
+# thousands of images, one machine [ours]
+ONE_GPU = {"personvit": dict(epochs=200, batch=128, local_crops=6, temp_warmup=20),
+           "upreid": dict(batch=256, queue=4096)}
+
+
+def pretrain_recipe_for(method: str, dataset: str, arch: str | None = None):
+    """The recipe of a method, a dataset and a backbone; arch=None takes the usual one."""
+    kind, small = RECIPES[method], LAPTOP_ARCHS[method]
+    arch = arch or (small if dataset == "synthetic" else kind.arch)
+    values: dict = {"norm_last_layer": arch == "vit_base"} if method == "personvit" else {}
+    if dataset == "synthetic" or arch == small:
+        values |= LAPTOP[method]
+    elif dataset != "luperson":
+        values |= ONE_GPU[method]
+    return kind(arch=arch, **values)
 
 
 # ---------------------------------------------------------------------------------------------
-# PersonViT
+# What is particular to each paper
 # ---------------------------------------------------------------------------------------------
 
-def pretrain_schedule(recipe: PersonViTRecipe, step: int, epoch_steps: int) -> dict[str, float]:
+
+@dataclass
+class Method:
+    """What `pretrain` needs to know of a paper, beside the contract of its model."""
+
+    model: torch.nn.Module           # losses, update_teacher, backbone_for_export, collapsed
+    optimizer: torch.optim.Optimizer
+    views: Callable                  # (uint8 images of this process, step) -> what forward takes
+    schedule: Callable               # (step, steps per epoch) -> lr, weight_decay, momentum, ...
+    losses: Callable                 # (views, schedule's values) -> total, its parts, diagnostics
+    clip: Callable                   # (epoch) -> norm of the gradients, which it may change
+    reference: dict[str, float]      # what the losses are to be compared with in the log
+    statistics: tuple                # mean and std of the views
+
+
+def personvit(recipe: PersonViTRecipe, machine: Machine) -> Method:
+    """PersonViT's model on the machine's device, AdamW, masked multi-crop views, its schedules."""
+    backbone = build_backbone(recipe.arch, recipe.size, recipe.drop_path)
+    smallest = backbone.patch_size * (2 if recipe.local_crops or min(backbone.grid) < 2 else 1)
+    if min(recipe.size) < smallest:
+        raise InputError(f"--size {recipe.size[0]}x{recipe.size[1]} is too small: masks and local "
+                         f"crops, half as large, need {smallest} pixels at least")
+    model = PersonViT(backbone, recipe.prototypes, recipe.hidden, recipe.bottleneck,
+                      recipe.shared_head, recipe.norm_last_layer).to(machine.device).train()
+    multi_crop = MultiCrop(recipe.size, recipe.local_crops, recipe.global_scale, recipe.local_scale,
+                           recipe.aspect, machine.rank, machine.world)
+    if machine.compile:
+        for block in (*model.student["backbone"].blocks, *model.teacher["backbone"].blocks):
+            block.compile()  # in place, so that names in the checkpoint stay
+
+    def views(x: Tensor, step: int) -> dict[str, Tensor]:
+        first = machine.rank * len(x)                  # this process's place in the whole batch
+        masks = [draw_masks(2, *backbone.grid, step_generator(recipe.seed, step, 2, first + i))
+                 for i in range(len(x))]
+        return {**multi_crop(x, recipe.seed, step),
+                "masks": torch.stack(masks, dim=1)}    # (2, B, rows, columns), on the CPU
+
+    def losses(views: dict[str, Tensor], now: dict[str, float]) -> dict[str, Tensor]:
+        return model(views, now["teacher_temp"], now["teacher_temp"], recipe.student_temp)
+
+    def clip(epoch: int) -> Tensor:
+        norm = clip_each(model.parameters(), recipe.clip)
+        if epoch < recipe.freeze_last_layer:
+            for name, p in model.named_parameters():
+                if "last_layer" in name:
+                    p.grad = None
+        return norm
+
+    return Method(model, torch.optim.AdamW(matrix_groups(model), fused=True), views,
+                  lambda step, epoch_steps: personvit_schedule(recipe, step, epoch_steps), losses,
+                  clip, {"ln_K": math.log(recipe.prototypes)}, (IMAGENET_MEAN, IMAGENET_STD))
+
+
+def personvit_schedule(recipe: PersonViTRecipe, step: int, epoch_steps: int) -> dict[str, float]:
     """lr, weight_decay, momentum, teacher_temp of a 0-based step [iBOT: per step, not epoch]."""
     steps, warmup = recipe.epochs * epoch_steps, recipe.warmup * epoch_steps
     peak = recipe.lr * recipe.batch / 256
@@ -113,85 +211,111 @@ def clip_each(parameters, limit: float) -> Tensor:
     return norms.norm()
 
 
-def pretrain(recipe: PersonViTRecipe, dataset, run: Run, machine: Machine, keep_every: int = 0,
-             monitor=None, monitor_every: int = 10) -> PersonViT:
+def upreid(recipe: UPReIDRecipe, machine: Machine) -> Method:
+    """UP-ReID's model on the machine's device, SGD [LUP], contrastive views, cosine per epoch."""
+    if recipe.size[0] % recipe.stripes:
+        raise InputError(f"--size {recipe.size[0]}x{recipe.size[1]}: the height cannot be cut into "
+                         f"--stripes {recipe.stripes}")
+    if recipe.hardest >= recipe.stripes:
+        raise InputError(f"--hardest {recipe.hardest}: an image has {recipe.stripes - 1} other "
+                         f"stripes")
+    groups = max(recipe.groups // machine.world, 1)
+    if recipe.batch % (groups * machine.world):
+        raise InputError(f"--batch {recipe.batch} cannot be cut into --groups {recipe.groups}")
+    backbone = build_backbone(recipe.arch, last_stride=2)      # as in ImageNet training [LUP]
+    model = UPReID(backbone, recipe.dim, recipe.queue, recipe.temperature,
+                   recipe.temperature_global, recipe.temperature_local, recipe.weight_global,
+                   recipe.weight_local, recipe.hardest, groups)
+    model = model.to(machine.device, memory_format=torch.channels_last).train()
+    contrast_views = ContrastViews(recipe.weight_global > 0,
+                                   recipe.stripes if recipe.weight_local else 0,
+                                   machine.rank, machine.world)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD([{"params": trained, "decay": 1.0}], momentum=0.9, fused=True)
+
+    def schedule(step: int, epoch_steps: int) -> dict[str, float]:
+        t = step // epoch_steps / recipe.epochs        # constant within an epoch, no warm-up [LUP]
+        return {"lr": cosine(t, recipe.lr * recipe.batch / 256, 0.0),
+                "weight_decay": recipe.weight_decay, "momentum": recipe.momentum}
+
+    reference = {"ln_queue": math.log(1 + recipe.queue)}
+    if recipe.weight_local:
+        reference["ln_stripes"] = math.log(1 + recipe.hardest)
+
+    def clip(epoch: int) -> Tensor:                    # LUP clips nothing
+        return torch.stack(torch._foreach_norm([p.grad for p in trained])).norm()
+
+    return Method(model, optimizer, lambda x, step: contrast_views(x, recipe.seed, step), schedule,
+                  lambda views, now: model(views), clip, reference, (LUP_MEAN, LUP_STD))
+
+
+# ---------------------------------------------------------------------------------------------
+# Pre-training by either
+# ---------------------------------------------------------------------------------------------
+
+
+def pretrain(recipe: PersonViTRecipe | UPReIDRecipe, dataset, run: Run, machine: Machine,
+             keep_every: int = 0, monitor=None, monitor_every: int = 10) -> torch.nn.Module:
     """Pre-train on dataset.train without labels, going on from the run's checkpoint.
 
     keep_every: epochs between backbones kept apart. monitor: a labelled dataset whose mAP by plain
     features is logged every `monitor_every` epochs. Raises InputError as `loop` does.
     """
+    check_recipe(recipe)
     torch.manual_seed(recipe.seed)
     if torch.device(machine.device).type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for the prototypes' float32 products
-    rank, world = machine.rank, machine.world
-    if recipe.batch % world:
-        raise InputError(f"--batch {recipe.batch} cannot be shared evenly by {world} processes")
-    mine = recipe.batch // world                       # images of this process
-    sampler = ShuffleSampler(len(dataset.train), mine, recipe.seed, rank, world)
-    backbone = build_backbone(recipe.arch, recipe.size, recipe.drop_path)
+        torch.set_float32_matmul_precision("high")  # TF32 for the float32 products of the losses
+    if recipe.batch % machine.world:
+        raise InputError(f"--batch {recipe.batch} cannot be shared evenly by {machine.world} "
+                         f"processes")
     if monitor and not (monitor.query and monitor.gallery):
         raise InputError(f"--monitor {monitor.name} has no query or no gallery images")
-    smallest = backbone.patch_size * (2 if recipe.local_crops or min(backbone.grid) < 2 else 1)
-    if min(recipe.size) < smallest:
-        raise InputError(f"--size {recipe.size[0]}x{recipe.size[1]} is too small: masks and local "
-                         f"crops, half as large, need {smallest} pixels at least")
-    model = PersonViT(backbone, recipe.prototypes, recipe.hidden, recipe.bottleneck,
-                      recipe.shared_head, recipe.norm_last_layer).to(machine.device).train()
-    optimizer = torch.optim.AdamW(matrix_groups(model), fused=True)
-    multi_crop = MultiCrop(recipe.size, recipe.local_crops, recipe.global_scale, recipe.local_scale,
-                           recipe.aspect, rank, world)
-    if machine.compile:
-        for block in (*model.student["backbone"].blocks, *model.teacher["backbone"].blocks):
-            block.compile()  # in place, so that names in the checkpoint stay
+    sampler = ShuffleSampler(len(dataset.train), recipe.batch // machine.world, recipe.seed,
+                             machine.rank, machine.world)
+    method = (personvit if isinstance(recipe, PersonViTRecipe) else upreid)(recipe, machine)
+    model, optimizer = method.model, method.optimizer
 
     def take_step(step: int, x: Tensor, used: Tensor) -> dict[str, Tensor | float]:
-        now = pretrain_schedule(recipe, step, len(sampler))
+        now = method.schedule(step, len(sampler))
         for group in optimizer.param_groups:
             group["lr"], group["weight_decay"] = now["lr"], now["weight_decay"] * group["decay"]
-        views = multi_crop(x, recipe.seed, step)
-        masks = [draw_masks(2, *backbone.grid, step_generator(recipe.seed, step, 2, i))
-                 for i in range(rank * mine, (rank + 1) * mine)]
-        views["masks"] = torch.stack(masks, dim=1)                          # (2, B, rows, columns)
+        views = method.views(x, step)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.bf16):
-            losses = model(views, now["teacher_temp"], now["teacher_temp"], recipe.student_temp)
+            losses = method.losses(views, now)
         optimizer.zero_grad()
         losses["total"].backward()
         average_gradients(model.parameters())
         # what is logged, and found not finite, is the mean over all processes
         values = gathered_mean(torch.stack([v.detach().float() for v in losses.values()]))
         logged = dict(zip(losses, values))
-        norm = clip_each(model.parameters(), recipe.clip)
-        # fused AdamW skips a step whose gradient is not finite, without the host having to look;
-        # `loop` looks before it logs or saves, and stops the run
+        norm = method.clip(step // len(sampler))
+        # a fused optimiser skips a step whose gradient is not finite, without the host having to
+        # look; `loop` looks before it logs or saves, and stops the run
         optimizer.found_inf = 1 - (logged["total"] + norm).isfinite().float()
-        if step // len(sampler) < recipe.freeze_last_layer:
-            for name, p in model.named_parameters():
-                if "last_layer" in name:
-                    p.grad = None
         optimizer.step()
         model.update_teacher(now["momentum"])
-        return {**logged, "ln_K": math.log(recipe.prototypes),
-                "grad_norm": norm, **now}
+        return {**logged, **method.reference, "grad_norm": norm, **now}
+
+    def reading() -> dict:
+        """How images enter the backbone."""
+        mean, std = method.statistics
+        return {"size": recipe.size, "mean": list(mean), "std": list(std)}
+
+    def save_backbone(name: str, epoch: int) -> None:
+        run.save(name, {"format": "reid-backbone", "recipe": dataclasses.asdict(recipe),
+                        "epoch": epoch, **reading(),
+                        "backbone": model.backbone_for_export().state_dict()})
 
     def after_epoch(epoch: int) -> None:
         if keep_every and epoch % keep_every == 0:
-            save_backbone(run, f"backbone_e{epoch:04d}.pth", recipe, model, epoch)
-        if monitor and epoch % monitor_every == 0 and rank == 0:
-            result, _, _ = evaluate(model.backbone_for_export(), monitor, backbone_io(recipe),
+            save_backbone(f"backbone_e{epoch:04d}.pth", epoch)
+        if monitor and epoch % monitor_every == 0 and machine.rank == 0:
+            result, _, _ = evaluate(model.backbone_for_export(), monitor, reading(),
                                     workers=machine.workers, device=machine.device)
+            model.train()  # what is exported may be what is trained
             run.log(epoch=epoch, monitor=monitor.name, mAP=result.mAP, rank1=float(result.cmc[0]))
 
     loop(run, Images(dataset.train, recipe.size), sampler, recipe,
          {"model": model, "optimizer": optimizer}, take_step, machine, after_epoch, model.collapsed)
-    save_backbone(run, "backbone.pth", recipe, model, recipe.epochs)
+    save_backbone("backbone.pth", recipe.epochs)
     return model
-
-
-def backbone_io(recipe: PersonViTRecipe) -> dict:
-    """How images enter a pre-trained backbone."""
-    return {"size": recipe.size, "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
-
-
-def save_backbone(run: Run, name: str, recipe: PersonViTRecipe, model, epoch: int) -> None:
-    run.save(name, {"format": "reid-backbone", "recipe": dataclasses.asdict(recipe), "epoch": epoch,
-                    **backbone_io(recipe), "backbone": model.backbone_for_export().state_dict()})

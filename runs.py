@@ -428,6 +428,6 @@ def open_run(out, recipe, dataset, overwrite: bool, machine: Machine, **more) ->
     print(f"run {run.folder}: " + " ".join(f"{k}={v}" for k, v in described.items()))
     print(f"  torch {torch.__version__}, {machine.world} x {machine.device}, "
           f"{torch.get_num_threads()} threads")
-    if 0 < recipe.epochs <= recipe.warmup:
+    if 0 < recipe.epochs <= getattr(recipe, "warmup", 0):
         print(f"WARNING: warm-up takes all {recipe.epochs} epochs; --warmup shortens it")
     return run

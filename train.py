@@ -28,7 +28,7 @@ from augment import IMAGENET_MEAN, IMAGENET_STD, FineTuneTransform
 from data import NAMES, Images, InputError, PKSampler, command_line, load_dataset
 from evaluate import (ARCHS, ReIDModel, build_backbone, colour_histograms, device_name, draw_ranks,
                       evaluate, load_weights, rank_features)
-from pretrain import PersonViTRecipe, pretrain, pretrain_recipe_for
+from pretrain import LAPTOP_ARCHS, RECIPES, pretrain, pretrain_recipe_for
 from runs import (Machine, Run, check_finite, check_recipe, cosine, first_then_others, loop,
                   open_run, option, processes)
 
@@ -85,7 +85,7 @@ def recipe_for(dataset: str, arch: str | None = None) -> Recipe:
     """The fine-tuning recipe of a dataset and a backbone; arch=None takes the usual one."""
     arch = arch or ("resnet_tiny" if dataset == "synthetic" else "vit_small")
     values = BAG_OF_TRICKS if arch.startswith("resnet") else {}
-    if dataset == "synthetic":
+    if dataset == "synthetic" or arch in LAPTOP_ARCHS.values():
         values = values | LAPTOP
     elif (dataset, arch) == ("market1501", "vit_base"):
         values = values | dict(warmup=5)  # its configuration leaves the entry out [PersonViT code]
@@ -256,19 +256,19 @@ def study(seeds: list[int], data_root: str, out: Path, overwrite: bool, machine:
         untrained, _, _ = evaluate(build_backbone(plain.arch, plain.size), dataset, reading,
                                    workers=machine.workers)
         rows.setdefault(f"{plain.arch}, untrained", []).append(untrained)
-        before = dataclasses.replace(pretrain_recipe_for("synthetic"), seed=seed)
-        run = open_run(out / f"personvit_{seed}", before, dataset, overwrite, machine)
-        pretrain(before, dataset, run, machine)
-        for arch, origin, weights in (
-                (plain.arch, "random weights", None), (before.arch, "random weights", None),
-                (before.arch, "PersonViT", str(run.folder / "backbone.pth"))):
-            recipe = dataclasses.replace(recipe_for("synthetic", arch), seed=seed)
-            name = f"{arch}, from {origin}"
-            folder = out / f"{name.replace(', from ', '_').replace(' ', '_')}_{seed}"
-            done = fine_tune_and_evaluate(recipe, dataset, folder, overwrite, weights, machine)
-            rows.setdefault(name, []).append(done[0])
-            if done[0].mAP == max(r.mAP for results in rows.values() for r in results):
-                best, best_ranking = name, done
+        for method, title in (("upreid", "UP-ReID"), ("personvit", "PersonViT")):
+            before = dataclasses.replace(pretrain_recipe_for(method, "synthetic"), seed=seed)
+            run = open_run(out / f"{method}_{seed}", before, dataset, overwrite, machine)
+            pretrain(before, dataset, run, machine)
+            recipe = dataclasses.replace(recipe_for("synthetic", before.arch), seed=seed)
+            for origin, weights in (("random weights", None), (title, run.folder / "backbone.pth")):
+                name = f"{recipe.arch}, from {origin}"
+                folder = out / f"{name.replace(', from ', '_').replace(' ', '_')}_{seed}"
+                done = fine_tune_and_evaluate(recipe, dataset, folder, overwrite,
+                                              weights and str(weights), machine)
+                rows.setdefault(name, []).append(done[0])
+                if done[0].mAP == max(r.mAP for results in rows.values() for r in results):
+                    best, best_ranking = name, done
     draw_ranks(out / "ranks.png", dataset, *best_ranking)
     print_rows(rows, f"synthetic people, {len(dataset.query)} queries, seeds {seeds}")
     minutes = (time.perf_counter() - start) / 60
@@ -336,7 +336,7 @@ def make_parser(recipe_class=Recipe) -> argparse.ArgumentParser:
     add("--compile", action="store_true", help="pre-training: fuse operations with torch.compile")
     add("--demo", action="store_true", help="everything on synthetic people, one seed")
     add("--study", action="store_true", help="the demo's table over three seeds")
-    add("--pretrain", choices=("personvit",), help="pre-train without labels; ends in backbone.pth")
+    add("--pretrain", choices=tuple(RECIPES), help="pre-train without labels; ends in backbone.pth")
     add("--keep-every", type=int, default=0, metavar="EPOCHS", help="pre-training: keep backbones")
     add("--monitor", metavar="NAME", help="pre-training: labelled dataset to watch mAP on")
     add("--monitor-every", type=int, default=10, metavar="EPOCHS", help="... this often")
@@ -353,9 +353,9 @@ def make_parser(recipe_class=Recipe) -> argparse.ArgumentParser:
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
     """The flags of a run, and those fields of its recipe that were given."""
-    pretrain = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    pretrain.add_argument("--pretrain")
-    kind = PersonViTRecipe if pretrain.parse_known_args(argv)[0].pretrain else Recipe
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--pretrain")
+    kind = RECIPES.get(first.parse_known_args(argv)[0].pretrain, Recipe)
     parser = make_parser(kind)
     args = parser.parse_args(argv)
     given = {k: v for k, v in vars(args).items() if k in kind.__dataclass_fields__}
@@ -379,8 +379,9 @@ def main(argv: list[str] | None = None) -> None:
         out = Path(getattr(args, "out", f"runs/{name}"))
         study(seeds, args.data_root, out, args.overwrite, machine)
         return
-    recipe_of = pretrain_recipe_for if args.pretrain else recipe_for
-    recipe = recipe_of(args.dataset, given.pop("arch", None))
+    arch = given.pop("arch", None)
+    recipe = (pretrain_recipe_for(args.pretrain, args.dataset, arch) if args.pretrain else
+              recipe_for(args.dataset, arch))
     recipe = dataclasses.replace(recipe, **({"bf16": args.device != "cpu"} | given))
     check_recipe(recipe)
     name = "_".join(filter(None, (Path(args.dataset).name, args.pretrain, recipe.arch)))

@@ -1,19 +1,35 @@
-"""The ResNet of UP-ReID (arXiv 2112.00317), written out; the pre-training objective will join it.
+"""UP-ReID (arXiv 2112.00317): a ResNet, pre-trained on unlabelled crops of people.
 
-UP-ReID pre-trains a ResNet-50 by contrastive learning on unlabelled crops of people; after that the
-network is fine-tuned for re-identification (ReID). This file has the network alone:
+Of the paper only the abstract could be consulted, and no code of it is public. The abstract states:
+contrastive learning; augmentation destroys clues that tell people apart; so an intra-identity
+regularisation with a global part, consistency between augmented and original image, and a local
+part, an intrinsic contrast among local patches of one image. How, it does not state: U1 to U4 below
+are this project's reading, tagged [ours]. They extend LUPerson's MoCo v2, which is known [LUP].
 
-    x    person image                      (B, 3, H, W)     H = 2 W: people are tall
-    map  last feature map                  (B, D, h, w)     D = 32 * width
-    f    global feature = mean over map    (B, D)           what the ReID losses and the ranking use
+    x          person image, as it is                                (B, 3, H, W)     H = 2 W
+    x1, x2     two augmentations of x                                (B, 3, H, W)
+    q          = f(x1), by the online encoder                        (B, d)           unit vectors
+    k, o       = g(x2), g(x), by the momentum encoder, no gradient   (B, d)
+    queue      keys of past batches: other people                    (K, d)
+    a, b       = f, g of M stripes of x, each augmented twice        (B, M, d)
+    L_con      find k among the queue by q                           info_nce             [ours U1]
+    L_glob     q and o rank the queue alike                          global_consistency   [ours U2]
+    L_loc      find stripe m among the stripes of x                  intrinsic_contrast   [ours U3]
+    L        = L_con + weight_global L_glob + weight_local L_loc                          [ours U4]
 
-What differs from the network one meets in an ImageNet course: the last stage may keep its
-resolution (`last_stride=1`), and there is no classifier here: identities are the business of
-fine-tuning (`ReIDModel` in evaluate.py). Parameter names are torchvision's, so that a public
-ResNet-50 file loads as it is. Read `ResNet.forward_features` first.
+f is exported. What differs from the ResNet of an ImageNet course: the last stage may keep its
+resolution (`last_stride=1`), and there is no classifier: identities are fine-tuning's business.
+Parameter names are torchvision's, so that public ResNet-50 files load.
+
+Read `UPReID.forward`, then the three losses, then `ResNet.forward_features`.
 """
 
+import copy
+import math
+
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 # ---------------------------------------------------------------------------------------------
@@ -109,7 +125,223 @@ def resnet_tiny(last_stride: int = 1) -> ResNet:
     return ResNet((1, 1, 1, 1), 32, last_stride)
 
 
-if __name__ == "__main__":  # the file alone, in any folder: shapes and sizes
+# ---------------------------------------------------------------------------------------------
+# Losses: pure functions of unit vectors
+# ---------------------------------------------------------------------------------------------
+
+
+def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
+    """Instance contrast [ours U1; MoCo]: q, k (B, d), queue (K, d) -> scalar.
+
+    -log of the share that k has in exp(similarity / temperature) among k and the queue; ln(1 + K)
+    for features that know nothing. Source: van den Oord et al. 2018, He et al. 2020.
+    """
+    positive = (q * k).sum(1, keepdim=True)                                  # (B, 1)
+    negatives = q @ queue.T                                                  # (B, K)
+    scores = torch.cat([positive, negatives], dim=1) / temperature           # (B, 1 + K)
+    return -scores.log_softmax(1)[:, 0].mean()
+
+
+def global_consistency(q: Tensor, o: Tensor, queue: Tensor, temperature: float) -> Tensor:
+    """Symmetric KL between what q and o find similar in the queue [ours U2]: (B, d), (B, d), (K, d)
+    -> scalar; no gradient through o.
+
+    [UP-ReID abstract]: augmented and original image shall agree. The original has all the clues
+    that augmentation destroys; who it resembles is a target that contrast alone does not give.
+    Form, after CO2 (arXiv 2010.02217): P, R softmax over the queue, (KL(P||R) + KL(R||P)) / 2.
+    """
+    log_p = (q @ queue.T / temperature).log_softmax(1)                       # (B, K)
+    log_r = (o.detach() @ queue.T / temperature).log_softmax(1)              # (B, K)
+    # KL(P||R) + KL(R||P) = sum P (log P - log R) + R (log R - log P)
+    return ((log_p.exp() - log_r.exp()) * (log_p - log_r)).sum(1).mean() / 2
+
+
+def intrinsic_contrast(a: Tensor, b: Tensor, temperature: float,
+                       hardest: int | None = None) -> Tensor:
+    """Contrast among the M stripes of one image [ours U3]: a, b (B, M, d) -> scalar.
+
+    [UP-ReID abstract]: an intrinsic contrast among local patches of each image. Stripe m of a must
+    find stripe m of b among the `hardest` (most similar) of the other M - 1; None takes all. At
+    random ln(1 + hardest). Only stripes of the same image are contrasted, so colour and
+    background, which they share, do not help: shape and texture of that body part must.
+    Raises ValueError for hardest outside 1 .. M - 1.
+    """
+    B, M, _ = a.shape
+    hardest = M - 1 if hardest is None else hardest
+    if not 1 <= hardest < M:
+        raise ValueError(f"hardest={hardest} of the {M - 1} other stripes of an image")
+    scores = a @ b.mT / temperature                                          # (B, M, M)
+    positive = scores.diagonal(dim1=1, dim2=2)[:, :, None]                   # (B, M, 1)
+    itself = torch.eye(M, dtype=torch.bool, device=a.device)
+    negatives = scores.masked_fill(itself, -torch.inf).topk(hardest).values  # (B, M, hardest)
+    return -torch.cat([positive, negatives], dim=2).log_softmax(2)[:, :, 0].mean()
+
+
+# ---------------------------------------------------------------------------------------------
+# The objective
+# ---------------------------------------------------------------------------------------------
+
+
+def projection_head(embed_dim: int, dim: int) -> nn.Sequential:
+    """(..., embed_dim) -> (..., dim), two layers [MoCo v2]: contrast discards what augmentation
+    changes, and should do so here and not in the backbone."""
+    return nn.Sequential(nn.Linear(embed_dim, embed_dim), nn.ReLU(), nn.Linear(embed_dim, dim))
+
+
+class UPReID(nn.Module):
+    """Online and momentum encoder and the queue; forward gives the losses of one step.
+
+    backbone: the online ResNet; the momentum encoder starts as its copy and follows it. dim d,
+    queue_size K [LUP: 128, 65536]. temperature, temperature_global, temperature_local and weights
+    of the losses as above; a loss of weight 0 is not computed. hardest: see `intrinsic_contrast`.
+    groups: parts of a process's batch with batch statistics of their own, at least 2 of all
+    processes together (see `encode_keys`); shuffle=False lets the statistics leak, for comparison.
+    """
+
+    def __init__(self, backbone: ResNet, dim: int = 128, queue_size: int = 65536,
+                 temperature: float = 0.1, temperature_global: float = 0.05,
+                 temperature_local: float = 0.1, weight_global: float = 1.0,
+                 weight_local: float = 1.0, hardest: int | None = 2, groups: int = 1,
+                 shuffle: bool = True):
+        super().__init__()
+        D = backbone.embed_dim
+        self.online = nn.ModuleDict({"backbone": backbone, "head": projection_head(D, dim)})
+        if weight_local:  # stripes have a head of their own
+            self.online["stripe_head"] = projection_head(D, dim)
+        self.momentum = copy.deepcopy(self.online).requires_grad_(False)
+        self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1))
+        self.register_buffer("oldest", torch.zeros((), dtype=torch.long))  # the next key's place
+        self.new_keys: list[Tensor] = []                         # since the queue last moved
+        self.temperature, self.temperature_global = temperature, temperature_global
+        self.temperature_local, self.hardest = temperature_local, hardest
+        self.weight_global, self.weight_local = weight_global, weight_local
+        self.groups, self.shuffle = groups, shuffle
+
+    def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Losses {"total", "instance", "global", "local"} and diagnostics, all scalars.
+
+        views: "first", "second", "original" (B, 3, H, W) and "stripes1", "stripes2" (B, M, 3, H/M,
+        W), augmented pixels of the same stripes.
+        """
+        feature = grouped(self.online["backbone"], views["first"], self.groups)    # (B, D)
+        q = self.project(self.online, "head", feature)                             # (B, d)
+        k, o = self.encode_keys(views)                                             # (B, d) each
+        losses = {"instance": info_nce(q, k, self.queue, self.temperature)}
+        total = losses["instance"]
+        if self.weight_global:
+            losses["global"] = global_consistency(q, o, self.queue, self.temperature_global)
+            total = total + self.weight_global * losses["global"]
+        if self.weight_local:
+            a, b = self.encode_stripes(views)                                      # (B, M, d) each
+            losses["local"] = intrinsic_contrast(a, b, self.temperature_local, self.hardest)
+            total = total + self.weight_local * losses["local"]
+        self.new_keys.append(gathered(k))
+        return {"total": total, **losses, **self.diagnose(feature, q, k)}          # [ours U4]
+
+    def project(self, encoder: nn.ModuleDict, head: str, features: Tensor) -> Tensor:
+        """Unit vectors, in float32: a temperature of 0.1 magnifies bfloat16's rounding."""
+        return F.normalize(encoder[head](features).float(), dim=-1)
+
+    @torch.no_grad()
+    def encode_keys(self, views: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """k of the second views and o of the originals (None when U2 is off), in one forward.
+
+        Were q and k of an image normalised by the same batch's statistics, the network could
+        recognise the batch instead of the person: the queue comes from other batches, the positive
+        never does. So keys meet other batch mates than queries ["shuffling BN", MoCo]: written as
+        a table, the images of all processes are queries in rows and keys in columns.
+        """
+        images = [views["second"]] + [views["original"]] * bool(self.weight_global)
+        images = gathered(torch.stack(images, dim=1))             # (n, 1 or 2, 3, H, W), n >= B
+        order = torch.arange(len(images), device=images.device)
+        if self.shuffle:
+            order = order.unflatten(0, (-1, world_size() * self.groups)).T.flatten()
+        mine = images[part_of(order)]                             # (B, 1 or 2, 3, H, W)
+        features = grouped(self.momentum["backbone"], mine, self.groups)
+        keys = gathered(self.project(self.momentum, "head", features))         # (n, 1 or 2, d)
+        keys = keys[part_of(order.argsort())]                                  # (B, 1 or 2, d)
+        return keys[:, 0], keys[:, 1] if self.weight_global else None
+
+    def encode_stripes(self, views: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """a and b: all stripes of all images, in one forward of each encoder."""
+        # nothing to leak here: an image's stripes, contrasted with one another, share a batch
+        a = grouped(self.online["backbone"], views["stripes1"], self.groups)   # (B, M, D)
+        with torch.no_grad():
+            b = grouped(self.momentum["backbone"], views["stripes2"], self.groups)
+            b = self.project(self.momentum, "stripe_head", b)
+        return self.project(self.online, "stripe_head", a), b                  # (B, M, d) each
+
+    @torch.no_grad()
+    def enqueue(self, k: Tensor) -> None:
+        """New keys (n, d) replace the oldest in the queue, around its end if need be."""
+        K = len(self.queue)
+        k = k[-K:]
+        place = (self.oldest + torch.arange(len(k), device=k.device)) % K
+        self.queue[place] = k.to(self.queue.dtype)
+        self.oldest.copy_((self.oldest + len(k)) % K)
+
+    @torch.no_grad()
+    def diagnose(self, feature: Tensor, q: Tensor, k: Tensor) -> dict[str, Tensor]:
+        """accuracy: share of queries more similar to their key than to all of the queue.
+        feature_std: spread of the backbone's features, 1 = even over the sphere, 0 = one point."""
+        best = (q @ self.queue.T).amax(1)
+        spread = F.normalize(feature.float(), dim=1).var(0, correction=0).sum().sqrt()
+        return {"accuracy": ((q * k).sum(1) > best).float().mean(), "feature_std": spread}
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float) -> None:
+        """Once per optimiser step: parameters of g = m g + (1 - m) f; new keys enter the queue.
+
+        Not in forward: the losses still need the old queue for their gradients. Statistics of batch
+        norm are not averaged, g has seen its own batches.
+        """
+        for k in self.new_keys:
+            self.enqueue(k)
+        self.new_keys.clear()
+        torch._foreach_lerp_(list(self.momentum.parameters()), list(self.online.parameters()),
+                             1 - momentum)
+
+    @staticmethod
+    def collapsed(values: dict[str, float]) -> bool:
+        """Do logged diagnostics show that all images get the same feature?"""
+        return not values["feature_std"] > 1e-2  # at random weights above 0.1; the limit is ours
+
+    def backbone_for_export(self) -> ResNet:
+        """The online encoder's ResNet [LUP]."""
+        return self.online["backbone"]
+
+
+def grouped(net: nn.Module, x: Tensor, groups: int) -> Tensor:
+    """net on (B, ..., 3, H, W), each of `groups` parts with batch statistics of its own ->
+    (B, ..., D); one part as large as the batch when groups is 1."""
+    parts = [net(part) for part in x.flatten(0, -4).chunk(groups)]
+    return torch.cat(parts).unflatten(0, x.shape[:-3])
+
+
+# ---------------------------------------------------------------------------------------------
+# Several processes: one alone is a world of 1
+# ---------------------------------------------------------------------------------------------
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def gathered(x: Tensor) -> Tensor:
+    """Rows of all processes, (B, ...) -> (n, ...), in the order of processes; without gradient."""
+    if world_size() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+def part_of(x: Tensor) -> Tensor:
+    """This process's share of what all have: (n, ...) -> (B, ...)."""
+    return x if world_size() == 1 else x.chunk(world_size())[dist.get_rank()]
+
+
+if __name__ == "__main__":  # the file alone, in any folder: sizes, and one step on noise
     for build in (resnet_tiny, resnet50):
         net = build().eval()
         images = torch.randn(2, 3, 256, 128)
@@ -117,3 +349,11 @@ if __name__ == "__main__":  # the file alone, in any folder: shapes and sizes
         print(f"{build.__name__}: {count:,} parameters, images {tuple(images.shape)} -> "
               f"map {tuple(net.forward_features(images).shape)} -> "
               f"feature {tuple(net(images).shape)}")
+    model = UPReID(resnet_tiny(), queue_size=256)
+    noise = {name: torch.randn(4, 3, 128, 64) for name in ("first", "second", "original")}
+    noise |= {name: torch.randn(4, 4, 3, 32, 64) for name in ("stripes1", "stripes2")}
+    losses = model(noise)
+    losses["total"].backward()
+    model.update_teacher(0.999)
+    print("one step on noise:", ", ".join(f"{k} {v.item():.3f}" for k, v in losses.items()),
+          f"(ln 257 = {math.log(257):.3f}, ln 3 = {math.log(3):.3f})")

@@ -67,9 +67,9 @@ def dataset(market):
     return load_dataset("market1501", market)
 
 
-def log_lines(run):
-    """The log without what a clock measured."""
-    lines = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
+def log_lines(folder: Path) -> list[dict]:
+    """The log of a run without what a clock measured."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in ("img_s", "wait", "left")} for line in lines]
 
 

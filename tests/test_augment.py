@@ -9,7 +9,8 @@ import torchvision.transforms.v2.functional as TF
 from torchvision.transforms import InterpolationMode
 
 import augment
-from augment import Draws, FineTuneTransform, MultiCrop, blur_matrix, colour_jitter, grey, normalize, resize_matrix
+from augment import (ContrastViews, Draws, FineTuneTransform, MultiCrop, blur_matrix, colour_jitter, grey, inside, normalize,
+                     resize_matrix)
 
 # ---- augmentation ----------------------------------------------------------------------------
 
@@ -37,8 +38,7 @@ def test_normalize_equals_torchvision():
 
 def test_random_erasing_distribution():
     H, W, n = 64, 32, 6000
-    transform = FineTuneTransform((0.5,) * 3, (0.5,) * 3)
-    mask = transform.erase_mask(Draws(n, 0, 3), H, W)[:, 0]
+    mask = inside(Draws(n, 0, 3).erasures(H, W, (0.02, 1 / 3)), H, W)[:, 0]
     erased = mask.flatten(1).any(1)
     assert abs(erased.float().mean() - 0.5) < 0.02
     rows, columns = mask.any(2).sum(1)[erased], mask.any(1).sum(1)[erased]
@@ -121,7 +121,9 @@ def test_colour_changes_equal_torchvision():
 def test_crops_have_the_areas_and_aspects_of_the_recipe():
     for scale in ((0.4, 1.0), (0.05, 0.8)):
         draws = Draws(20_000, 0, 1)
-        top, left, h, w, found = draws.rectangles(256, 128, scale, (1 / 0.667, 1 / 0.375), whole=True)
+        boxes, found = draws.rectangles(256, 128, scale, (1 / 0.667, 1 / 0.375), whole=True)
+        top, left, h, w = boxes.unbind(1)
+        assert torch.equal(Draws(20_000, 0, 1).crops(256, 128, scale, (0.375, 0.667))[found], boxes[found])
         area, aspect = h * w / (256 * 128), w / h
         assert found.float().mean() > 0.98
         area, aspect = area[found], aspect[found]
@@ -187,8 +189,91 @@ def test_views_are_a_function_of_seed_and_step_and_shared_by_processes():
     assert math.isfinite(one["locals"].sum())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-def test_gpu_equals_cpu():
+def test_a_crop_that_fits_nowhere_is_the_whole_image():
+    boxes = Draws(50, 0, 0).crops(64, 32, (1.0, 1.0), (3.0, 4.0))  # as large as the image, yet four times as wide
+    assert torch.equal(boxes, torch.tensor([0.0, 0, 64, 32]).expand(50, 4))
+
+
+# ---- views of UP-ReID ------------------------------------------------------------------------
+
+LUP = [torch.tensor(v).view(3, 1, 1) for v in (augment.LUP_MEAN, augment.LUP_STD)]
+
+
+def test_original_is_normalised_and_nothing_else():
+    images = torch.randint(0, 256, (3, 3, 32, 16), dtype=torch.uint8)
+    views = ContrastViews()(images, 0, 0)
+    torch.testing.assert_close(views["original"], (images / 255 - LUP[0]) / LUP[1])
+    assert set(ContrastViews(original=False, stripes=0)(images, 0, 0)) == {"first", "second"}
+
+
+def test_stripes_of_both_augmentations_show_the_same_region():
+    """Four stripes of four grey levels: whatever is not erased keeps the level of its stripe."""
+    levels = torch.tensor([40, 100, 160, 220], dtype=torch.uint8).repeat_interleave(16)
+    images = levels.view(1, 1, 64, 1).expand(50, 3, 64, 32).contiguous()
+    views = ContrastViews()(images, 0, 0)
+    for name in ("stripes1", "stripes2"):
+        stripes = views[name]
+        assert stripes.shape == (50, 4, 3, 16, 32)
+        seen = stripes * LUP[1] + LUP[0]
+        for m, level in enumerate((40, 100, 160, 220)):
+            kept = (stripes[:, m] != 0).all(1, keepdim=True).expand(-1, 3, -1, -1)
+            torch.testing.assert_close(seen[:, m][kept], torch.full((int(kept.sum()),), level / 255), rtol=1e-3, atol=1e-3)
+            assert kept.float().mean() > 0.6
+    assert not torch.equal(views["stripes1"], views["stripes2"])
+    whole = (views["first"] * LUP[1] + LUP[0])[views["first"] != 0]
+    assert whole.std() > 0.1                                    # the whole image does mix them
+
+
+def test_rates_of_grey_flip_and_erasing_without_colour_jitter():
+    n, (H, W) = 4000, (32, 16)
+    colour = torch.tensor([200, 90, 40], dtype=torch.uint8).view(1, 3, 1, 1).expand(n, 3, H, W)
+    view = ContrastViews(stripes=0)(colour, 0, 0)["first"]
+    erased = (view == 0).all(1)                                 # (n, H, W)
+    share = erased.flatten(1).float().mean(1)
+    some = share > 0
+    assert abs(some.float().mean() - 0.5) < 0.03
+    assert 0.01 < share[some].min() < 0.04 and 0.5 < share.max() < 0.63
+    reference = uniform_erasing(H, W, n)
+    assert abs(share[some].mean() - reference.mean()) < 0.012 and abs(share[some].std() - reference.std()) < 0.012
+    seen = (view * LUP[1] + LUP[0]).transpose(0, 1)[:, ~erased]  # (3, pixels left)
+    is_grey = (seen.amax(0) - seen.amin(0)) < 1e-3
+    luma = (0.299 * 200 + 0.587 * 90 + 0.114 * 40) / 255
+    torch.testing.assert_close(seen[0][is_grey], torch.full_like(seen[0][is_grey], luma), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(seen[:, ~is_grey], (colour[0, :, :1, 0] / 255).expand(3, int((~is_grey).sum())),
+                               rtol=1e-3, atol=1e-3)            # colours of clothes stay what they are
+    assert abs(is_grey.float().mean() - 0.2) < 0.03
+    ramp = (torch.arange(W) * 16).to(torch.uint8).expand(n, 3, H, W)
+    view = ContrastViews(stripes=0)(ramp, 0, 1)["second"]
+    plain = ~(view == 0).all(1).flatten(1).any(1)
+    flipped = view[plain][..., 0].mean((1, 2)) > view[plain][..., -1].mean((1, 2))
+    assert abs(flipped.float().mean() - 0.5) < 0.05
+
+
+def uniform_erasing(H, W, n):
+    """Erased shares by the words of LUPerson's recipe: area U(0.02, 0.6), aspect U(0.3, 1 / 0.3), until one fits."""
+    rng, shares = np.random.default_rng(0), []
+    while len(shares) < n:
+        area, aspect = rng.uniform(0.02, 0.6) * H * W, rng.uniform(0.3, 1 / 0.3)
+        h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if h < H and w < W:
+            shares.append(h * w / (H * W))
+    return np.array(shares)
+
+
+def test_contrast_views_are_shared_by_processes():
     images = torch.randint(0, 256, (6, 3, 64, 32), dtype=torch.uint8)
-    for key, value in MultiCrop((64, 32), num_local=3)(images.cuda(), 5, 9).items():
-        torch.testing.assert_close(value.cpu(), MultiCrop((64, 32), num_local=3)(images, 5, 9)[key], rtol=1e-4, atol=1e-4)
+    one = ContrastViews()(images, 5, 9)
+    assert not torch.equal(one["first"], one["second"])
+    assert not torch.equal(one["first"], ContrastViews()(images, 5, 10)["first"])
+    halves = [ContrastViews(rank=r, world=2)(part, 5, 9) for r, part in enumerate(images.split(3))]
+    for key in one:
+        torch.testing.assert_close(torch.cat([h[key] for h in halves]), one[key], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("views", [MultiCrop((64, 32), num_local=3), ContrastViews()])
+def test_gpu_equals_cpu(views):
+    images = torch.randint(0, 256, (6, 3, 64, 32), dtype=torch.uint8)
+    on_cpu = views(images, 5, 9)
+    for key, value in views(images.cuda(), 5, 9).items():
+        torch.testing.assert_close(value.cpu(), on_cpu[key], rtol=1e-4, atol=1e-4)

@@ -157,7 +157,7 @@ def test_resumed_run_equals_the_uninterrupted_one(dataset, tmp_path, stop_at, mo
     resumed, run_cut = tiny_run(dataset, tmp_path / "cut", save_every=1)
     for key, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[key]), key
-    logs = log_lines(run_whole), log_lines(run_cut)
+    logs = log_lines(run_whole.folder), log_lines(run_cut.folder)
     assert logs[0][-1] == logs[1][-1] and [line["step"] for line in logs[1]] == sorted(
         {line["step"] for line in logs[1]})
 
@@ -182,7 +182,7 @@ def test_broken_images_are_counted_and_too_many_stop_the_run(tmp_path):
         path.write_bytes(b"broken")
     recipe = dataclasses.replace(TINY, epochs=1, images=8)
     _, run = tiny_run(load_dataset("market1501", root), tmp_path / "a", recipe)
-    assert log_lines(run)[-1]["broken_images"] == 2
+    assert log_lines(run.folder)[-1]["broken_images"] == 2
     for path in files[2:5]:
         path.write_bytes(b"")
     with pytest.raises(InputError, match="of 240 training images cannot be read, more than 1 %"):
