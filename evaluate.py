@@ -119,7 +119,7 @@ def backbone_state(content: dict) -> dict[str, Tensor]:
     while key := next((k for k in wrappers if isinstance(content.get(k), dict)), None):
         content = content[key]
     state = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
-    for prefix in ("module.", "_orig_mod.", "backbone.", "base."):
+    for prefix in ("module.", "_orig_mod.", "encoder_q.", "backbone.", "base."):
         if any(k.startswith(prefix) for k in state):  # heads and necks lie outside the prefix
             state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     return state
@@ -150,10 +150,11 @@ def source_grid(content: dict, pos_embed: Tensor, patch: int, path) -> tuple[int
 def load_weights(path: str | Path, backbone: nn.Module) -> str:
     """Fill a backbone from a weights file and say what was done; it is filled wholly or not at all.
 
-    Accepts this project's files, flat timm / DINO / torchvision state dicts, DINO's and iBOT's
-    training files (the teacher) and TransReID's fine-tuned ones. Classifiers are dropped; position
-    embeddings are resized to the backbone's grid. Raises InputError when a backbone weight is
-    missing, has another shape or is not finite, and when the file's network is deeper.
+    Accepts this project's files, flat timm / DINO / torchvision state dicts, training files of DINO
+    and iBOT (the teacher), MoCo and LUPerson (the query encoder), and TransReID's fine-tuned ones.
+    Classifiers are dropped; position embeddings are resized to the backbone's grid. Raises
+    InputError when a backbone weight is missing, has another shape or is not finite, and when the
+    file's network is deeper.
     """
     content = read_checkpoint(path)
     state, own, resized = backbone_state(content), backbone.state_dict(), "none"

@@ -238,6 +238,7 @@ def processes(machine: Machine):
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(
                 nowhere if rank else sys.stdout):
             yield replace(machine, device=device, rank=rank, world=world)
+        wait_for_all()  # none hangs up on another that still speaks
     finally:
         dist.destroy_process_group()
 

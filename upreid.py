@@ -251,8 +251,9 @@ class UPReID(nn.Module):
         never does. So keys meet other batch mates than queries ["shuffling BN", MoCo]: written as
         a table, the images of all processes are queries in rows and keys in columns.
         """
-        images = [views["second"]] + [views["original"]] * bool(self.weight_global)
-        images = gathered(torch.stack(images, dim=1))             # (n, 1 or 2, 3, H, W), n >= B
+        names = ("second", "original") if self.weight_global else ("second",)
+        images = torch.stack([views[name] for name in names], dim=1)
+        images = gathered(images)                                 # (n, 1 or 2, 3, H, W), n >= B
         order = torch.arange(len(images), device=images.device)
         if self.shuffle:
             order = order.unflatten(0, (-1, world_size() * self.groups)).T.flatten()

@@ -3,6 +3,7 @@
 1. forward + backward of our networks beside torchvision's of the same size, interleaved, so that a
    change of the machine's mood hits both; ratio = median of the paired times (below 1: ours is faster)
 2. the pre-training step beside the plain formulation that the reference code has
+   and UP-ReID's beside MoCo v2's
 3. images per second: decoded and resized; augmented; fine-tuning step from memory; the whole loop
 4. evaluation: CMC and mAP from features
 """
@@ -28,10 +29,10 @@ import personvit
 import pretrain
 import runs
 import train
-from augment import FineTuneTransform, MultiCrop
+from augment import ContrastViews, FineTuneTransform, MultiCrop
 from data import Images, PKSampler, load_dataset
 from personvit import vit_small
-from upreid import resnet50
+from upreid import UPReID, resnet50
 
 
 def seconds(function, device: str) -> float:
@@ -184,6 +185,32 @@ def pretraining(repeats: int, device: str, quick: bool) -> None:
           flush=True)
 
 
+def contrast(repeats: int, device: str, quick: bool) -> None:
+    """UP-ReID's whole step beside MoCo v2's, which is the same code with the instance contrast alone."""
+    B, groups = (4, 2) if quick else (8, 2) if device == "cpu" else (128, 4)
+    images = torch.randint(256, (B, 3, 256, 128), dtype=torch.uint8).to(device)
+
+    def make(weight: float):
+        model = UPReID(resnet50(last_stride=2), weight_global=weight, weight_local=weight, groups=groups)
+        model = model.to(device, memory_format=torch.channels_last).train()
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-4, momentum=0.9, fused=True)
+        views = ContrastViews(original=weight > 0, stripes=4 if weight else 0)
+
+        def step():
+            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=device != "cpu"):
+                loss = model(views(images, 0, 0))["total"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            model.update_teacher(0.999)
+
+        return step
+
+    a, b, ratio = paired(make(1.0), make(0.0), repeats, device)
+    print(f"  UP-ReID step with augmentation, ResNet-50 256x128, batch {B}, queue 65,536: {B / a:.2f} img/s, MoCo v2 "
+          f"{B / b:.2f} img/s, time ratio {ratio:.3f}", flush=True)
+
+
 def pipeline(repeats: int, device: str, folder: Path) -> None:
     dataset = load_dataset("synthetic", folder)
     n = 64 * repeats
@@ -248,6 +275,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads")
     networks(repeats, args.device)
     pretraining(repeats, args.device, args.quick)
+    contrast(repeats, args.device, args.quick)
     with tempfile.TemporaryDirectory() as folder:
         pipeline(repeats, args.device, Path(folder))
     ranking(args.device)

@@ -262,6 +262,19 @@ def test_load_weights_formats(tmp_path):
     assert torch.equal(ours.layer4[2].conv3.weight, theirs["layer4.2.conv3.weight"])
 
 
+def test_training_files_of_moco_and_luperson(tmp_path):
+    """Their query encoder counts, not the key encoder, the head (fc) or the queue."""
+    torch.manual_seed(0)
+    query, key = (build_backbone("resnet_tiny").state_dict() for _ in range(2))
+    head = {f"fc.{i}.{kind}": torch.ones(3) for i in (0, 2) for kind in ("weight", "bias")}
+    state = {f"module.encoder_{name}.{k}": v for name, net in (("q", query), ("k", key)) for k, v in (net | head).items()}
+    state |= {"module.queue": torch.zeros(128, 9), "module.queue_ptr": torch.zeros(1, dtype=torch.long)}
+    content = {"epoch": 200, "arch": "resnet50", "state_dict": state, "optimizer": {"state": {}, "param_groups": []}}
+    net = build_backbone("resnet_tiny")
+    assert "dropped: 4 (fc.0.weight" in load_weights(save(tmp_path, content), net)
+    assert all(torch.equal(v, query[k]) for k, v in net.state_dict().items())
+
+
 def test_position_grids_of_files(tmp_path):
     """Our files say their size; other grids are square or 2:1, or refused."""
     source = build_backbone("vit_tiny", (384, 128))

@@ -16,9 +16,11 @@ import train
 from data import InputError
 from personvit import PersonViT, VisionTransformer
 from runs import Machine, Run
+from upreid import UPReID
 
 SMALL = pretrain.PersonViTRecipe(arch="vit_mini", size=(64, 32), epochs=3, batch=4, warmup=1, prototypes=16, hidden=16,
                               bottleneck=8, temp_warmup=2, local_crops=2, drop_path=0.2, freeze_last_layer=1)
+SMALL_UP = pretrain.UPReIDRecipe(arch="resnet_tiny", size=(64, 32), epochs=3, batch=4, queue=10, groups=2)
 
 
 def test_schedules_equal_reference():
@@ -54,9 +56,9 @@ def pretrain_run(dataset, folder, recipe=SMALL, **kwargs):
     return pretrain.pretrain(recipe, dataset, run, machine, **kwargs), run
 
 
-@pytest.mark.parametrize("stop_at", [1, 4, 6])
-def test_resumed_pretraining_equals_the_uninterrupted_one(dataset, tmp_path, stop_at, monkeypatch):
-    whole, run_whole = pretrain_run(dataset, tmp_path / "whole")
+@pytest.mark.parametrize("recipe, stop_at", [(SMALL, 1), (SMALL, 4), (SMALL, 6), (SMALL_UP, 1), (SMALL_UP, 6)])
+def test_resumed_pretraining_equals_the_uninterrupted_one(dataset, tmp_path, recipe, stop_at, monkeypatch):
+    whole, run_whole = pretrain_run(dataset, tmp_path / "whole", recipe)
 
     def save_then_die(self, name, content, save=Run.save):
         save(self, name, content)
@@ -65,10 +67,10 @@ def test_resumed_pretraining_equals_the_uninterrupted_one(dataset, tmp_path, sto
 
     monkeypatch.setattr(Run, "save", save_then_die)
     with pytest.raises(KeyboardInterrupt):
-        pretrain_run(dataset, tmp_path / "cut", save_every=1)
+        pretrain_run(dataset, tmp_path / "cut", recipe, save_every=1)
     monkeypatch.undo()
-    resumed, run_cut = pretrain_run(dataset, tmp_path / "cut", save_every=1)
-    for key, value in whole.state_dict().items():                # student, teacher, centres
+    resumed, run_cut = pretrain_run(dataset, tmp_path / "cut", recipe, save_every=1)
+    for key, value in whole.state_dict().items():                # both networks, centres, the queue
         assert torch.equal(value, resumed.state_dict()[key]), key
     assert log_lines(run_whole.folder)[-1] == log_lines(run_cut.folder)[-1]
     files = [(run.folder / "backbone.pth").read_bytes() for run in (run_whole, run_cut)]
@@ -95,10 +97,25 @@ def test_pretraining_ends_in_weights_that_fine_tune(dataset, tmp_path):
     assert all(torch.equal(v, exported[k]) for k, v in tuned.base.state_dict().items())
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_a_bad_step_of_pretraining_touches_no_weight(dataset, tmp_path, monkeypatch, where):
+def test_upreid_ends_in_weights_that_fine_tune(dataset, tmp_path):
+    model, run = pretrain_run(dataset, tmp_path / "a", SMALL_UP, keep_every=2, monitor=dataset, monitor_every=1)
+    lines = log_lines(run.folder)
+    assert (run.folder / "backbone_e0002.pth").exists() and len([line for line in lines if "monitor" in line]) == 3
+    assert {"total", "instance", "global", "local", "accuracy", "ln_queue", "ln_stripes", "feature_std",
+            "grad_norm", "lr"} <= set(lines[0])
+    assert lines[0]["lr"] == pytest.approx(0.03 * 4 / 256) and model.online["backbone"].training
+    still = train.Recipe(arch="resnet_tiny", size=(64, 32), epochs=1, ids=3, images=2, lr=0.0)
+    tuned = train.fine_tune(still, dataset, Run(tmp_path / "b", {}), run.folder / "backbone.pth", Machine("cpu", 0))
+    exported = model.backbone_for_export().state_dict()
+    assert all(torch.equal(p, exported[name]) for name, p in tuned.base.named_parameters())
+
+
+@pytest.mark.parametrize("recipe, where", [(SMALL, "loss"), (SMALL, "gradient"), (SMALL_UP, "loss"),
+                                           (SMALL_UP, "gradient")])
+def test_a_bad_step_of_pretraining_touches_no_weight(dataset, tmp_path, monkeypatch, recipe, where):
     """The third of 12 steps goes wrong, also when only the gradient shows it; no NaN is ever saved."""
-    models, steps, real = [], [], PersonViT.forward
+    kind = PersonViT if recipe is SMALL else UPReID
+    models, steps, real = [], [], kind.forward
 
     def forward(self, *args, **kwargs):
         models[:] = [self]
@@ -110,12 +127,20 @@ def test_a_bad_step_of_pretraining_touches_no_weight(dataset, tmp_path, monkeypa
         steps.append(0)
         return losses
 
-    monkeypatch.setattr(PersonViT, "forward", forward)
+    monkeypatch.setattr(kind, "forward", forward)
     with pytest.raises(InputError, match="step 2; the last good state is in .*checkpoint.pth"):
-        pretrain_run(dataset, tmp_path / "run", save_every=1)
+        pretrain_run(dataset, tmp_path / "run", recipe, save_every=1)
     assert all(p.isfinite().all() for p in models[0].parameters())
     state = torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)
     assert state["step"] == 2 and all(v.isfinite().all() for v in state["model"].values())
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"stripes": 5}, "--size 64x32: the height cannot be cut into --stripes 5"),
+    ({"hardest": 4}, "--hardest 4: an image has 3 other"), ({"groups": 3}, "--batch 4 cannot be cut into --groups 3")])
+def test_upreid_recipes_that_do_not_fit_together(dataset, tmp_path, change, message):
+    with pytest.raises(InputError, match=message):
+        pretrain_run(dataset, tmp_path / "run", dataclasses.replace(SMALL_UP, **change))
 
 
 def test_pretraining_needs_a_vit_and_enough_images(dataset, tmp_path):

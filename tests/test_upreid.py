@@ -1,14 +1,17 @@
-"""The ResNet of upreid.py against torchvision's."""
+"""The ResNet of upreid.py against torchvision's; the losses against their formulas; the objective."""
 
+import math
 import subprocess
 import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from conftest import ROOT
 
 import upreid
+from upreid import ResNet, UPReID, global_consistency, info_nce, intrinsic_contrast
 
 # parameters without a classifier; torchvision's resnet50 has 25,557,032 with its fc of 2,049,000
 SIZES = {"resnet50": 23_508_032, "resnet_tiny": 2_011_168}
@@ -67,3 +70,210 @@ def test_file_runs_alone_in_an_empty_folder(module, tmp_path):
     done = subprocess.run([sys.executable, "-I", f"{module}.py"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "parameters" in done.stdout and "feature" in done.stdout
+
+
+# ---- losses ----------------------------------------------------------------------------------
+
+
+def unit(*shape, seed=0):
+    x = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return F.normalize(x, dim=-1)
+
+
+def dot(a, b):
+    return sum(float(x) * float(y) for x, y in zip(a, b))
+
+
+@pytest.mark.parametrize("B, K, t", [(1, 1, 1.0), (3, 7, 0.1), (5, 2, 0.3)])
+def test_info_nce_equals_the_loop(B, K, t):
+    q, k, queue = unit(B, 6, seed=1), unit(B, 6, seed=2), unit(K, 6, seed=3)
+    total = 0.0
+    for i in range(B):
+        positive = math.exp(dot(q[i], k[i]) / t)
+        total -= math.log(positive / (positive + sum(math.exp(dot(q[i], n) / t) for n in queue))) / B
+    assert info_nce(q, k, queue, t).item() == pytest.approx(total, rel=1e-10)
+
+
+@pytest.mark.parametrize("B, K, t", [(1, 1, 1.0), (3, 7, 0.05), (5, 2, 0.3)])
+def test_global_consistency_equals_the_loop(B, K, t):
+    q, o, queue = unit(B, 6, seed=1), unit(B, 6, seed=2), unit(K, 6, seed=3)
+    total = 0.0
+    for i in range(B):
+        weights = [[math.exp(dot(x[i], n) / t) for n in queue] for x in (q, o)]
+        P, R = ([w / sum(row) for w in row] for row in weights)
+        total += sum(p * math.log(p / r) / 2 + r * math.log(r / p) / 2 for p, r in zip(P, R)) / B
+    assert global_consistency(q, o, queue, t).item() == pytest.approx(total, rel=1e-9, abs=1e-12)
+
+
+def test_global_consistency_moves_q_alone():
+    q, o, queue = (unit(4, 6, seed=s).requires_grad_() for s in range(3))
+    global_consistency(q, o, queue.detach(), 0.1).backward()
+    assert q.grad.abs().sum() > 0 and o.grad is None
+    assert global_consistency(q, q, queue.detach(), 0.1).item() == pytest.approx(0, abs=1e-15)
+    assert global_consistency(q, o, queue.detach(), 0.1).item() == pytest.approx(
+        global_consistency(o, q, queue.detach(), 0.1).item())
+
+
+@pytest.mark.parametrize("B, M, h, t", [(1, 2, 1, 1.0), (3, 4, 2, 0.1), (2, 6, 5, 0.3), (4, 5, 1, 0.2)])
+def test_intrinsic_contrast_equals_the_loop(B, M, h, t):
+    a, b = unit(B, M, 6, seed=1), unit(B, M, 6, seed=2)
+    total = 0.0
+    for i in range(B):
+        for m in range(M):
+            positive = math.exp(dot(a[i, m], b[i, m]) / t)
+            others = sorted((math.exp(dot(a[i, m], b[i, j]) / t) for j in range(M) if j != m), reverse=True)
+            total -= math.log(positive / (positive + sum(others[:h]))) / (B * M)
+    assert intrinsic_contrast(a, b, t, h).item() == pytest.approx(total, rel=1e-10)
+
+
+def test_all_other_stripes_are_the_plain_loss():
+    a, b = unit(3, 4, 6, seed=1), unit(3, 4, 6, seed=2)
+    plain = F.cross_entropy((a @ b.mT / 0.1).flatten(0, 1), torch.arange(4).repeat(3))
+    for hardest in (3, None):
+        torch.testing.assert_close(intrinsic_contrast(a, b, 0.1, hardest), plain)
+    for hardest in (0, 4):
+        with pytest.raises(ValueError, match="of the 3 other stripes"):
+            intrinsic_contrast(a, b, 0.1, hardest)
+
+
+def test_what_a_network_that_knows_nothing_pays():
+    same = torch.ones(3, 4, 6) / 6 ** 0.5
+    assert info_nce(same[:, 0], same[:, 1], same[0, :1].expand(9, -1), 0.1).item() == pytest.approx(math.log(10))
+    assert intrinsic_contrast(same, same, 0.1, 2).item() == pytest.approx(math.log(3))
+
+
+# ---- the objective ---------------------------------------------------------------------------
+
+
+def small_model(**kwargs):
+    torch.manual_seed(0)
+    return UPReID(ResNet((1, 1, 1, 1), 2, 2), **{"dim": 6, "queue_size": 10} | kwargs).train()
+
+
+def small_views(B=4, M=4, seed=0):
+    torch.manual_seed(seed)
+    views = {name: torch.randn(B, 3, 32, 16) for name in ("first", "second", "original")}
+    return views | {name: torch.randn(B, M, 3, 32 // M, 16) for name in ("stripes1", "stripes2")}
+
+
+def plain_forward(model, views):
+    """Every view through its encoder on its own; batch norm is fixed, so that order and grouping are nothing."""
+    f, g = model.online, model.momentum
+    def encode(net, x, head="head"):
+        return F.normalize(net[head](net["backbone"](x)), dim=1)
+    with torch.no_grad():
+        k, o = encode(g, views["second"]), encode(g, views["original"])
+        b = torch.stack([encode(g, s, "stripe_head") for s in views["stripes2"].unbind(1)], dim=1)
+    q = encode(f, views["first"])
+    a = torch.stack([encode(f, s, "stripe_head") for s in views["stripes1"].unbind(1)], dim=1)
+    loss = info_nce(q, k, model.queue, model.temperature)
+    loss = loss + model.weight_global * global_consistency(q, o, model.queue, model.temperature_global)
+    return loss + model.weight_local * intrinsic_contrast(a, b, model.temperature_local, model.hardest), k
+
+
+@pytest.mark.parametrize("B, M, groups", [(4, 4, 2), (6, 2, 3), (1, 4, 1), (8, 4, 1)])
+def test_fast_equals_plain(B, M, groups):
+    model, views = small_model(groups=groups, weight_global=0.7, weight_local=0.3, hardest=1).eval(), small_views(B, M)
+    with torch.no_grad():
+        for p in model.momentum.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    plain, k = plain_forward(model, views)
+    plain.backward()
+    wanted = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    ours = model(views)
+    ours["total"].backward()
+    torch.testing.assert_close(ours["total"], plain, rtol=1e-5, atol=1e-6)
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert set(grads) == set(wanted) == {n for n, _ in model.named_parameters() if n.startswith("online")}
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, wanted[name], rtol=1e-4, atol=1e-6, msg=name)
+    model.update_teacher(1.0)
+    torch.testing.assert_close(model.queue[:B], k)
+
+
+def test_instance_contrast_alone_is_moco_and_needs_no_other_views():
+    model = small_model(weight_global=0, weight_local=0)
+    views = small_views()
+    losses = model({name: views[name] for name in ("first", "second")})
+    assert "global" not in losses and "local" not in losses and losses["total"] is losses["instance"]
+    assert not any("stripe" in name for name in model.state_dict())
+
+
+@pytest.mark.parametrize("K, sizes", [(10, [4, 4, 4]), (7, [3, 5, 2, 7, 1]), (4, [9, 2]), (5, [5, 5])])
+def test_queue_is_first_in_first_out_around_its_end(K, sizes):
+    model = small_model(queue_size=K, weight_global=0, weight_local=0)
+    order, n = [row.clone() for row in model.queue], 0           # oldest first
+    for size in sizes:
+        keys = torch.arange(n, n + size, dtype=torch.float32)[:, None].expand(size, 6)
+        n += size
+        model.enqueue(keys)
+        order = (order + list(keys))[-K:]
+        start = int(model.oldest)
+        torch.testing.assert_close(torch.cat([model.queue[start:], model.queue[:start]]), torch.stack(order))
+
+
+def test_keys_enter_the_queue_after_the_step():
+    model, views = small_model(), small_views()
+    before = model.queue.clone()
+    model(views)["total"].backward()
+    assert torch.equal(model.queue, before)                      # no image is its own negative
+    model.update_teacher(0.9)
+    assert not torch.equal(model.queue[:4], before[:4]) and torch.equal(model.queue[4:], before[4:])
+    torch.testing.assert_close(model.queue.norm(dim=1), torch.ones(10))
+    assert model.oldest == 4 and not model.new_keys
+
+
+def test_momentum_encoder_is_a_moving_average():
+    model, start = small_model(), None
+    start = [p.detach().clone() for p in model.momentum.parameters()]
+    for p in model.online.parameters():
+        p.data.add_(1.0)
+    for _ in range(3):
+        model.update_teacher(0.9)
+    for old, new in zip(start, model.momentum.parameters()):     # the distance 1 shrinks by 0.9 a step
+        torch.testing.assert_close(new.detach(), old + 1 - 0.9 ** 3, rtol=1e-4, atol=1e-5)
+
+
+def batches_of(net, action):
+    """The images (by their constant value) that each call of the net normalised together."""
+    calls = []
+    handle = net.conv1.register_forward_pre_hook(lambda _, args: calls.append(args[0][:, 0, 0, 0].int().tolist()))
+    action()
+    handle.remove()
+    return calls
+
+
+@pytest.mark.parametrize("B, groups", [(4, 2), (16, 4), (12, 2)])
+def test_statistics_of_query_and_key_come_from_different_images(B, groups):
+    model = small_model(groups=groups, weight_local=0)
+    views = {name: torch.arange(B).float().view(B, 1, 1, 1).expand(B, 3, 32, 16) for name in ("first", "second", "original")}
+    queries = batches_of(model.online["backbone"], lambda: model(views))
+    keys = batches_of(model.momentum["backbone"], lambda: model(views))
+    assert sorted(sum(queries, [])) == list(range(B)) and sorted(sum(keys, [])) == sorted([*range(B)] * 2)
+    for i in range(B):
+        with_query = next(set(group) for group in queries if i in group)
+        with_key = next(set(group) for group in keys if i in group)
+        mates = (with_query & with_key) - {i}                    # of B / groups - 1 mates of the query
+        assert len(mates) <= -(-B // groups ** 2) - 1
+    model.shuffle = False
+    keys = batches_of(model.momentum["backbone"], lambda: model(views))
+    assert [sorted(set(group)) for group in keys] == queries     # the test can see a leak
+
+
+def test_keys_return_to_their_images():
+    model, views = small_model(groups=2, weight_local=0).eval(), small_views()
+    k, o = model.encode_keys(views)
+    for i in range(4):
+        alone, original = model.encode_keys({name: x[i:i + 1].repeat(2, 1, 1, 1) for name, x in views.items()
+                                             if name in ("second", "original")})
+        torch.testing.assert_close(k[i], alone[0])
+        torch.testing.assert_close(o[i], original[0])
+
+
+def test_collapse_is_flagged_both_ways():
+    model, views = small_model(), small_views()
+    assert not model.collapsed({name: value.item() for name, value in model(views).items()})
+    model.online["backbone"].forward_features = lambda x: torch.ones(len(x), 64, 1, 1)
+    constant = {name: value.item() for name, value in model(views).items()}
+    assert constant["feature_std"] < 1e-6 and model.collapsed(constant) and model.collapsed({"feature_std": math.nan})
