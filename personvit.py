@@ -401,7 +401,7 @@ class PersonViT(nn.Module):
         cls = cls_loss(p_cls, (s_cls / student_temp).log_softmax(-1))
         patch = patch_loss(p_patch, (s_patch / student_temp).log_softmax(-1), weight)
         return {"total": cls + patch, "cls": cls, "patch": patch,            # [PersonViT Eq. 8]
-                "feature_std": spread, **self.diagnose(p_cls, cls)}
+                "feature_std": spread, **self.diagnose(p_cls, p_patch, cls)}
 
     @torch.no_grad()
     def teach(self, views: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -435,20 +435,20 @@ class PersonViT(nn.Module):
         return cls.unflatten(0, (-1, views["globals"].shape[1])), patches
 
     @torch.no_grad()
-    def diagnose(self, t_cls: Tensor, cls: Tensor) -> dict[str, Tensor]:
+    def diagnose(self, p_cls: Tensor, p_patch: Tensor, cls: Tensor) -> dict[str, Tensor]:
         """What tells learning from collapse; no host synchronisation.
 
-        entropy: of the teacher's answers, at most ln K. kl: teacher to student, the part of the
-        loss that can be learnt. information: mutual information of answer and image within a view,
-        at most ln B; 0 when all images get the same answer, flat or sharp. prototypes: how many
-        are some image's favourite.
+        entropy: of the teacher's answers on [CLS], at most ln K. kl: teacher to student, the part
+        of the loss that can be learnt. information: mutual information of answer and image within
+        a view, at most ln B; 0 when all images get the same answer, flat or sharp.
+        patch_information: the same of answer and hidden patch, as patches may collapse alone.
+        prototypes: how many are some image's favourite.
         """
-        entropy = torch.special.entr(t_cls).sum(-1)                          # (G, B)
-        of_mean = torch.special.entr(t_cls.mean(1)).sum(-1)                  # (G,)
-        information, entropy = (of_mean - entropy.mean(1)).mean(), entropy.mean()
-        used = torch.zeros_like(self.center).scatter_(0, t_cls.argmax(-1).flatten(), 1.0).sum()
-        return {"entropy": entropy, "kl": cls.detach() - entropy, "information": information,
-                "prototypes": used}
+        entropy, information = mutual_information(p_cls)                     # (G,) each
+        used = torch.zeros_like(self.center).scatter_(0, p_cls.argmax(-1).flatten(), 1.0).sum()
+        return {"entropy": entropy.mean(), "kl": cls.detach() - entropy.mean(),
+                "information": information.mean(),
+                "patch_information": mutual_information(p_patch)[1], "prototypes": used}
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
@@ -470,12 +470,21 @@ class PersonViT(nn.Module):
     @staticmethod
     def collapsed(values: dict[str, float]) -> bool:
         """Do logged diagnostics show a teacher that gives every image the same answer?"""
-        # at random weights both are above 0.5 on images of people; the limits are ours
-        return not (values["information"] > 1e-2 and values["feature_std"] > 1e-2)
+        # at random weights all are above 0.5 on images of people; the limit is ours
+        return not all(values[name] > 1e-2
+                       for name in ("information", "patch_information", "feature_std"))
 
     def backbone_for_export(self) -> VisionTransformer:
         """The teacher's ViT: an average over many students, better than each [DINO]."""
         return self.teacher["backbone"]
+
+
+def mutual_information(p: Tensor) -> tuple[Tensor, Tensor]:
+    """Answers (..., n, K) -> their mean entropy and what they tell about which of the n asked: the
+    entropy of the mean answer less the mean entropy, (...) each; 0 for n = 0."""
+    entropy = torch.special.entr(p).sum(-1).sum(-1) / max(p.shape[-2], 1)
+    of_mean = torch.special.entr(p.sum(-2) / max(p.shape[-2], 1)).sum(-1)
+    return entropy, of_mean - entropy
 
 
 def gathered_mean(x: Tensor) -> Tensor:

@@ -343,12 +343,14 @@ def test_collapse_is_noticed_and_health_is_not():
     values = {k: v.item() for k, v in healthy(views, 0.04, 0.04).items()}
     assert not PersonViT.collapsed(values), values
     assert values["kl"] >= -1e-5 and 0 <= values["entropy"] <= math.log(64) + 1e-5
-    for collapse in ("flat", "constant", "one feature"):
+    for collapse in ("flat", "constant", "one feature", "patches alone"):
         sick = model()
         if collapse == "flat":                                   # no prototype is liked more than another
             sick.teacher["head"].last_layer.weight_v.data.zero_()
         elif collapse == "constant":                             # the same sharp answer to every image
             sick.center[3] = -100
+        elif collapse == "patches alone":
+            sick.patch_center[3] = -100
         else:
             sick.teacher["backbone"].norm.weight.data.zero_()
             sick.teacher["backbone"].norm.bias.data.normal_()

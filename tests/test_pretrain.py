@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -95,6 +96,18 @@ def test_pretraining_ends_in_weights_that_fine_tune(dataset, tmp_path):
     tuned = train.fine_tune(still, dataset, Run(tmp_path / "b", {}), run.folder / "backbone.pth", Machine("cpu", 0))
     exported = model.backbone_for_export().state_dict()
     assert all(torch.equal(v, exported[k]) for k, v in tuned.base.state_dict().items())
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_equals_eager(dataset, tmp_path):
+    recipe = dataclasses.replace(SMALL, epochs=1, drop_path=0.0, local_crops=0)  # few shapes: each takes seconds
+    models = []
+    for compile in (False, True):
+        machine = Machine("cpu", 0, compile=compile)
+        models.append(pretrain.pretrain(recipe, dataset, Run(tmp_path / str(compile), {}), machine).state_dict())
+    assert list(models[0]) == list(models[1])
+    for name, value in models[0].items():
+        torch.testing.assert_close(models[1][name], value, rtol=1e-3, atol=1e-4, msg=lambda m: f"{name}: {m}")
 
 
 def test_upreid_ends_in_weights_that_fine_tune(dataset, tmp_path):
