@@ -97,11 +97,11 @@ LAPTOP_ARCHS = {"personvit": "vit_mini", "upreid": "resnet_tiny"}
 # small images and networks on a CPU [ours]
 LAPTOP = {
     # warmer teachers (0.04 and more) go flat on so few images: the log flags COLLAPSE?
-    "personvit": dict(size=(128, 64), epochs=20, batch=32, lr=8e-3, warmup=2, weight_decay_end=0.1,
+    "personvit": dict(size=(128, 64), epochs=16, batch=32, lr=8e-3, warmup=2, weight_decay_end=0.1,
                       momentum=0.98, prototypes=1024, hidden=512, bottleneck=128,
                       norm_last_layer=True, teacher_temp=0.02, teacher_temp_end=0.02,
                       local_crops=4, local_scale=(0.1, 0.6)),
-    "upreid": dict(size=(128, 64), epochs=20, batch=64, lr=0.12, momentum=0.99, queue=512),
+    "upreid": dict(size=(128, 64), epochs=16, batch=64, lr=0.12, momentum=0.99, queue=512),
 }
 # thousands of images, one machine [ours]
 ONE_GPU = {"personvit": dict(epochs=200, batch=128, local_crops=6, temp_warmup=20),
