@@ -7,7 +7,7 @@
 DATASET   ?= synthetic
 DATA_ROOT ?= data
 FLAGS     ?=
-TRAIN      = $(PYTHON) $(if $(GPUS),-m torch.distributed.run --standalone --nproc-per-node $(GPUS)) train.py
+TRAIN      = $(PYTHON) $(if $(GPUS),-m torch.distributed.run --standalone --nproc-per-node $(GPUS) --) train.py
 
 ifndef PYTHON
 PYTHON := .venv/bin/python

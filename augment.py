@@ -308,11 +308,13 @@ class ContrastViews:
     augmented twice like an image of its own. Cut first: crops cut later would pair a head with a
     knee [ours U3].
 
-    Augmentation is LUPerson's ori-cj+sre: random resized crop of 20 % to all of the area, width /
-    height 3/4 to 4/3 (of squarish images: not tall ones), greyscale 0.2, blur 0.5 with radius
-    U(0.1, 2), flip 0.5, normalisation with LUPerson's statistics, with probability 0.5 a rectangle
-    of 2 to 60 % of the area set to the mean colour. No colour jitter: colours of clothes tell
-    people apart. Ours: bicubic, where torchvision's default is bilinear [LUP, from memory].
+    Augmentation as LUPerson's ori-cj+sre [LUP]: random resized crop of 20 % to all of the area,
+    width / height 3/4 to 4/3 (torchvision's default, not adapted to people), greyscale 0.2, blur
+    0.5 with radius U(0.1, 2), flip 0.5, normalisation with LUPerson's statistics, with probability
+    0.5 a rectangle of 2 to 60 % of the area set to the mean colour. No colour jitter: colours of
+    clothes tell people apart. Ours: images come resized, where LUPerson crops the file; bicubic
+    (torchvision's default is bilinear); a crop that fits nowhere is the whole image; an erasure is
+    tried 10 times, not 100.
     """
 
     def __init__(self, original: bool = True, stripes: int = 4, rank: int = 0, world: int = 1):

@@ -71,11 +71,11 @@ class UPReIDRecipe:
     """UP-ReID pre-training on LUPerson: the published values of LUPerson's own MoCo v2 [LUP], which
     UP-ReID extends, and this project's reading of what it adds [ours U1 to U4]."""
 
-    arch: str = option("resnet50", "backbone [UP-ReID]", choices=RESNETS)
+    arch: str = option("resnet50", "backbone [PLIP's table, of UP-ReID]", choices=RESNETS)
     size: tuple[int, int] = option((256, 128), "height x width of the views [LUP]", 16, 4096)
     epochs: int = option(200, "passes over the images [LUP]", 1, 1e6)
     batch: int = option(2560, "images per step, of all processes [LUP]", 2, 1e6)
-    lr: float = option(0.03, "learning rate, times batch / 256: 0.3 at 2560 [LUP]", 0, 1e3)
+    lr: float = option(0.03, "times batch / 256 [ours]: 0.3 at 2560 [LUP]", 0, 1e3)
     weight_decay: float = option(1e-4, "on every parameter [LUP]", 0, 1e3)
     momentum: float = option(0.999, "of the momentum encoder [LUP]", 0, 1)
     dim: int = option(128, "d, of queries and keys [LUP]", 1, 1e6)
@@ -87,7 +87,7 @@ class UPReIDRecipe:
     weight_local: float = option(1.0, "of the stripes; 0: without [ours U4]", 0, 1e3)
     stripes: int = option(4, "M, horizontal stripes of an image [ours U3]", 2, 64)
     hardest: int = option(2, "most similar other stripes that count [ours U3]", 1, 63)
-    groups: int = option(4, "parts of the batch with own batch norm; GPUs count [ours]", 1, 1e4)
+    groups: int = option(8, "parts of a batch with own batch norm [LUP: 8 GPUs]", 1, 1e4)
     seed: int = option(0, "of everything random", 0, 2 ** 32 - 1)
     bf16: bool = option(False, "bfloat16 in the networks; on by default on a GPU")
 
@@ -101,7 +101,8 @@ LAPTOP = {
                       momentum=0.98, prototypes=1024, hidden=512, bottleneck=128,
                       norm_last_layer=True, teacher_temp=0.02, teacher_temp_end=0.02,
                       local_crops=4, local_scale=(0.1, 0.6)),
-    "upreid": dict(size=(128, 64), epochs=16, batch=64, lr=0.12, momentum=0.99, queue=512),
+    "upreid": dict(size=(128, 64), epochs=16, batch=64, lr=0.12, momentum=0.99, queue=512,
+                   groups=4),
 }
 # thousands of images, one machine [ours]
 ONE_GPU = {"personvit": dict(epochs=200, batch=128, local_crops=6, temp_warmup=20),
@@ -213,19 +214,26 @@ def clip_each(parameters, limit: float) -> Tensor:
 
 def upreid(recipe: UPReIDRecipe, machine: Machine) -> Method:
     """UP-ReID's model on the machine's device, SGD [LUP], contrastive views, cosine per epoch."""
-    if recipe.size[0] % recipe.stripes:
+    if recipe.weight_local and recipe.size[0] % recipe.stripes:
         raise InputError(f"--size {recipe.size[0]}x{recipe.size[1]}: the height cannot be cut into "
                          f"--stripes {recipe.stripes}")
-    if recipe.hardest >= recipe.stripes:
+    if recipe.weight_local and recipe.hardest >= recipe.stripes:
         raise InputError(f"--hardest {recipe.hardest}: an image has {recipe.stripes - 1} other "
                          f"stripes")
-    groups = max(recipe.groups // machine.world, 1)
-    if recipe.batch % (groups * machine.world):
-        raise InputError(f"--batch {recipe.batch} cannot be cut into --groups {recipe.groups}")
+    if recipe.groups % machine.world:
+        raise InputError(f"--groups {recipe.groups} must be a multiple of the {machine.world} "
+                         f"processes")
+    if recipe.batch % recipe.groups or recipe.batch < 2 * recipe.groups:
+        raise InputError(f"--batch {recipe.batch} cannot be cut into --groups {recipe.groups} of "
+                         f"at least 2 images")
+    if recipe.groups == 1:
+        print("WARNING: with --groups 1 queries and keys share batch statistics, by which the "
+              "network may recognise the batch instead of the person")
     backbone = build_backbone(recipe.arch, last_stride=2)      # as in ImageNet training [LUP]
-    model = UPReID(backbone, recipe.dim, recipe.queue, recipe.temperature,
-                   recipe.temperature_global, recipe.temperature_local, recipe.weight_global,
-                   recipe.weight_local, recipe.hardest, groups)
+    model = UPReID(backbone, recipe.dim, recipe.queue, hardest=recipe.hardest,
+                   temperature=recipe.temperature, temperature_global=recipe.temperature_global,
+                   temperature_local=recipe.temperature_local, weight_global=recipe.weight_global,
+                   weight_local=recipe.weight_local, groups=recipe.groups // machine.world)
     model = model.to(machine.device, memory_format=torch.channels_last).train()
     contrast_views = ContrastViews(recipe.weight_global > 0,
                                    recipe.stripes if recipe.weight_local else 0,
@@ -272,6 +280,9 @@ def pretrain(recipe: PersonViTRecipe | UPReIDRecipe, dataset, run: Run, machine:
         raise InputError(f"--monitor {monitor.name} has no query or no gallery images")
     sampler = ShuffleSampler(len(dataset.train), recipe.batch // machine.world, recipe.seed,
                              machine.rank, machine.world)
+    if getattr(recipe, "queue", 0) > len(dataset.train) / 2:
+        print(f"WARNING: --queue {recipe.queue} remembers much of {len(dataset.train)} images: "
+              f"many an image will meet its own older key as a negative")
     method = (personvit if isinstance(recipe, PersonViTRecipe) else upreid)(recipe, machine)
     model, optimizer = method.model, method.optimizer
 

@@ -207,7 +207,8 @@ def stop_requests():
 @dataclass
 class Machine:
     """Where and how a run computes; nothing here changes its result on one kind of device, beyond
-    rounding (and, with several processes, stochastic depth's draws)."""
+    rounding and, with several processes, stochastic depth's draws and the running statistics of
+    batch norms (the first process's are saved)."""
 
     device: str = "cpu"
     workers: int = 2          # decoding processes
@@ -239,6 +240,10 @@ def processes(machine: Machine):
                 nowhere if rank else sys.stdout):
             yield replace(machine, device=device, rank=rank, world=world)
         wait_for_all()  # none hangs up on another that still speaks
+    except RuntimeError as error:
+        if "onnection" not in str(error):  # gloo: Connection closed by peer, Connection reset
+            raise
+        sys.exit(f"process {rank}: another process has ended; its message says why")
     finally:
         dist.destroy_process_group()
 
@@ -361,6 +366,8 @@ def loop(run: Run, images: Images, sampler, recipe, parts: dict, take_step, mach
                                             "bad": sorted(bad), "log_size": run.log_size(),
                                             "seconds": run.seconds,
                                             **{n: p.state_dict() for n, p in parts.items()}})
+            if stopping and machine.rank:
+                sys.exit(1)
             if stopping:
                 sys.exit(f"stopped after step {done:,} of {last:,}; {run.folder}/checkpoint.pth "
                          f"holds it, the same command goes on from there")

@@ -333,7 +333,7 @@ def make_parser(recipe_class=Recipe) -> argparse.ArgumentParser:
         help="cpu or cuda")
     add("--workers", type=int, default=min(os.cpu_count() or 1, 8), help="decoding processes")
     add("--save-every", type=int, default=500, metavar="STEPS", help="checkpoint interval")
-    add("--compile", action="store_true", help="pre-training: fuse operations with torch.compile")
+    add("--compile", action="store_true", help="PersonViT pre-training: use torch.compile")
     add("--demo", action="store_true", help="everything on synthetic people, one seed")
     add("--study", action="store_true", help="the demo's table over three seeds")
     add("--pretrain", choices=tuple(RECIPES), help="pre-train without labels; ends in backbone.pth")
@@ -359,8 +359,11 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]
     parser = make_parser(kind)
     args = parser.parse_args(argv)
     given = {k: v for k, v in vars(args).items() if k in kind.__dataclass_fields__}
-    if args.workers < 0 or args.save_every < 1 or args.monitor_every < 1:
-        parser.error("--workers is at least 0, --save-every and --monitor-every at least 1")
+    if min(args.workers, args.keep_every) < 0 or min(args.save_every, args.monitor_every) < 1:
+        parser.error("--workers and --keep-every are at least 0, --save-every and --monitor-every "
+                     "at least 1")
+    if args.compile and args.pretrain != "personvit":
+        parser.error("--compile is for --pretrain personvit")
     other = given or args.dataset != "synthetic" or args.pretrain or "weights" in args
     if (args.demo or args.study) and other:
         parser.error("--demo and --study have their own recipes; leave them out to choose one")

@@ -10,7 +10,7 @@ are this project's reading, tagged [ours]. They extend LUPerson's MoCo v2, which
     x1, x2     two augmentations of x                                (B, 3, H, W)
     q          = f(x1), by the online encoder                        (B, d)           unit vectors
     k, o       = g(x2), g(x), by the momentum encoder, no gradient   (B, d)
-    queue      keys of past batches: other people                    (K, d)
+    queue      keys of past batches: other images                    (K, d)
     a, b       = f, g of M stripes of x, each augmented twice        (B, M, d)
     L_con      find k among the queue by q                           info_nce             [ours U1]
     L_glob     q and o rank the queue alike                          global_consistency   [ours U2]
@@ -134,7 +134,7 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
     """Instance contrast [ours U1; MoCo]: q, k (B, d), queue (K, d) -> scalar.
 
     -log of the share that k has in exp(similarity / temperature) among k and the queue; ln(1 + K)
-    for features that know nothing. Source: van den Oord et al. 2018, He et al. 2020.
+    when all are equally similar. Source: van den Oord et al. 2018, He et al. 2020.
     """
     positive = (q * k).sum(1, keepdim=True)                                  # (B, 1)
     negatives = q @ queue.T                                                  # (B, K)
@@ -161,10 +161,10 @@ def intrinsic_contrast(a: Tensor, b: Tensor, temperature: float,
     """Contrast among the M stripes of one image [ours U3]: a, b (B, M, d) -> scalar.
 
     [UP-ReID abstract]: an intrinsic contrast among local patches of each image. Stripe m of a must
-    find stripe m of b among the `hardest` (most similar) of the other M - 1; None takes all. At
-    random ln(1 + hardest). Only stripes of the same image are contrasted, so colour and
-    background, which they share, do not help: shape and texture of that body part must.
-    Raises ValueError for hardest outside 1 .. M - 1.
+    find stripe m of b among the `hardest` (most similar) of the other M - 1; None takes all.
+    ln(1 + hardest) when all stripes are equally similar. Only stripes of the same image are
+    contrasted, so light and tint of the camera, which they share, do not help: what is particular
+    to that part of the body must. Raises ValueError for hardest outside 1 .. M - 1.
     """
     B, M, _ = a.shape
     hardest = M - 1 if hardest is None else hardest
@@ -194,7 +194,7 @@ class UPReID(nn.Module):
     backbone: the online ResNet; the momentum encoder starts as its copy and follows it. dim d,
     queue_size K [LUP: 128, 65536]. temperature, temperature_global, temperature_local and weights
     of the losses as above; a loss of weight 0 is not computed. hardest: see `intrinsic_contrast`.
-    groups: parts of a process's batch with batch statistics of their own, at least 2 of all
+    groups: parts of a process's batch with batch statistics of their own, at least 2 in all
     processes together (see `encode_keys`); shuffle=False lets the statistics leak, for comparison.
     """
 
@@ -226,20 +226,22 @@ class UPReID(nn.Module):
         feature = grouped(self.online["backbone"], views["first"], self.groups)    # (B, D)
         q = self.project(self.online, "head", feature)                             # (B, d)
         k, o = self.encode_keys(views)                                             # (B, d) each
-        losses = {"instance": info_nce(q, k, self.queue, self.temperature)}
-        total = losses["instance"]
-        if self.weight_global:
-            losses["global"] = global_consistency(q, o, self.queue, self.temperature_global)
-            total = total + self.weight_global * losses["global"]
-        if self.weight_local:
-            a, b = self.encode_stripes(views)                                      # (B, M, d) each
-            losses["local"] = intrinsic_contrast(a, b, self.temperature_local, self.hardest)
-            total = total + self.weight_local * losses["local"]
         self.new_keys.append(gathered(k))
-        return {"total": total, **losses, **self.diagnose(feature, q, k)}          # [ours U4]
+        a, b = self.encode_stripes(views) if self.weight_local else (None, None)   # (B, M, d) each
+        # not in bfloat16: a temperature of 0.1 magnifies its rounding of similarities ten times
+        with torch.autocast(q.device.type, enabled=False):
+            losses = {"instance": info_nce(q, k, self.queue, self.temperature)}
+            total = losses["instance"]
+            if self.weight_global:
+                losses["global"] = global_consistency(q, o, self.queue, self.temperature_global)
+                total = total + self.weight_global * losses["global"]
+            if self.weight_local:
+                losses["local"] = intrinsic_contrast(a, b, self.temperature_local, self.hardest)
+                total = total + self.weight_local * losses["local"]
+            return {"total": total, **losses, **self.diagnose(feature, q, k)}      # [ours U4]
 
     def project(self, encoder: nn.ModuleDict, head: str, features: Tensor) -> Tensor:
-        """Unit vectors, in float32: a temperature of 0.1 magnifies bfloat16's rounding."""
+        """Features (..., D) -> unit vectors (..., d) in float32."""
         return F.normalize(encoder[head](features).float(), dim=-1)
 
     @torch.no_grad()
@@ -248,19 +250,20 @@ class UPReID(nn.Module):
 
         Were q and k of an image normalised by the same batch's statistics, the network could
         recognise the batch instead of the person: the queue comes from other batches, the positive
-        never does. So keys meet other batch mates than queries ["shuffling BN", MoCo]: written as
-        a table, the images of all processes are queries in rows and keys in columns.
+        never does. So keys meet mostly other batch mates than queries ["shuffling BN", MoCo]:
+        written as a table, the images of all processes are queries in rows and keys in columns.
+        Unlike MoCo's, the keys' statistics include the originals.
         """
         names = ("second", "original") if self.weight_global else ("second",)
         images = torch.stack([views[name] for name in names], dim=1)
-        images = gathered(images)                                 # (n, 1 or 2, 3, H, W), n >= B
+        images = gathered(images)                 # (n, 1 or 2, 3, H, W), n = B x processes
         order = torch.arange(len(images), device=images.device)
         if self.shuffle:
             order = order.unflatten(0, (-1, world_size() * self.groups)).T.flatten()
         mine = images[part_of(order)]                             # (B, 1 or 2, 3, H, W)
         features = grouped(self.momentum["backbone"], mine, self.groups)
         keys = gathered(self.project(self.momentum, "head", features))         # (n, 1 or 2, d)
-        keys = keys[part_of(order.argsort())]                                  # (B, 1 or 2, d)
+        keys = keys[part_of(order.argsort())]     # the inverse permutation:     (B, 1 or 2, d)
         return keys[:, 0], keys[:, 1] if self.weight_global else None
 
     def encode_stripes(self, views: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -308,7 +311,8 @@ class UPReID(nn.Module):
         return not values["feature_std"] > 1e-2  # at random weights above 0.1; the limit is ours
 
     def backbone_for_export(self) -> ResNet:
-        """The online encoder's ResNet [LUP]."""
+        """The online encoder's ResNet [LUP]. The running statistics of its batch norms are those of
+        whole images and stripes together; fine-tuning finds its own."""
         return self.online["backbone"]
 
 

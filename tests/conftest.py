@@ -75,7 +75,7 @@ def log_lines(folder: Path) -> list[dict]:
 
 def command(*args, processes=None, **kwargs):
     """train.py with these arguments, in one process or as torchrun starts it in several."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes else []
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--"] if processes else []
     return subprocess.run([sys.executable, *launcher, ROOT / "train.py", *map(str, args)], capture_output=True,
                           text=True, **kwargs)
 

@@ -135,12 +135,12 @@ def test_crops_have_the_areas_and_aspects_of_the_recipe():
         assert abs(aspect.mean() - reference[:, 1].mean()) < 0.006
 
 
-def torchvision_crops(scale, n):
+def torchvision_crops(scale, n, aspect=(0.375, 0.667)):
     """Area and aspect of torchvision's RandomResizedCrop on a 256 x 128 image."""
     from torchvision.transforms import RandomResizedCrop
     torch.manual_seed(0)
     image = torch.zeros(1, 256, 128)
-    boxes = [RandomResizedCrop.get_params(image, scale, (0.375, 0.667)) for _ in range(n)]
+    boxes = [RandomResizedCrop.get_params(image, scale, aspect) for _ in range(n)]
     return np.array([(h * w / (256 * 128), w / h) for _, _, h, w in boxes])
 
 
@@ -247,6 +247,25 @@ def test_rates_of_grey_flip_and_erasing_without_colour_jitter():
     plain = ~(view == 0).all(1).flatten(1).any(1)
     flipped = view[plain][..., 0].mean((1, 2)) > view[plain][..., -1].mean((1, 2))
     assert abs(flipped.float().mean() - 0.5) < 0.05
+
+
+def test_numbers_of_contrast_views_have_luperson_s_distributions():
+    numbers = ContrastViews().draw(Draws(20_000, 0, 1), 256, 128)
+    top, left, h, w, flip, colourless, sigma = numbers[:, :7].unbind(1)
+    area, aspect = h * w / (256 * 128), w / h
+    fits = ~((h == 256) & (w == 128))                            # the whole image stands in where no crop fits
+    assert 0.99 < fits.float().mean() < 1
+    area, aspect = area[fits], aspect[fits]
+    assert 0.19 < area.min() < 0.21 and 0.66 < area.max() < 0.67  # wider than 3/4 of its height: at most 128 x 171
+    assert 0.74 < aspect.min() < 0.76 and 1.3 < aspect.max() < 1.35
+    reference = torchvision_crops((0.2, 1.0), 6000, (3 / 4, 4 / 3))
+    for ours, theirs in ((area, reference[:, 0]), (aspect, reference[:, 1])):
+        assert abs(ours.mean() - theirs.mean()) < 0.012 and abs(ours.std() - theirs.std()) < 0.012
+    assert (top + h <= 256).all() and (left + w <= 128).all()
+    blurred = sigma > 0.05
+    assert abs(blurred.float().mean() - 0.5) < 0.02 and sigma[blurred].mean() == pytest.approx(1.05, abs=0.02)
+    assert 0.1 <= sigma[blurred].min() < 0.11 and 1.99 < sigma.max() <= 2
+    assert abs(flip.mean() - 0.5) < 0.02 and abs(colourless.mean() - 0.2) < 0.02
 
 
 def uniform_erasing(H, W, n):

@@ -10,13 +10,15 @@ import pytest
 import torch
 from conftest import Golden, command, log_lines
 
+import augment
 import evaluate
 import pretrain
 import runs
 import train
-from data import InputError
+from data import InputError, load_dataset
 from personvit import PersonViT, VisionTransformer
 from runs import Machine, Run
+from synthetic import make_synthetic
 from upreid import UPReID
 
 SMALL = pretrain.PersonViTRecipe(arch="vit_mini", size=(64, 32), epochs=3, batch=4, warmup=1, prototypes=16, hidden=16,
@@ -123,6 +125,30 @@ def test_upreid_ends_in_weights_that_fine_tune(dataset, tmp_path):
     assert all(torch.equal(p, exported[name]) for name, p in tuned.base.named_parameters())
 
 
+def test_upreid_trains_as_luperson_does(dataset, tmp_path, monkeypatch):
+    """Every number of the recipe arrives where it belongs."""
+    recipe = dataclasses.replace(SMALL_UP, epochs=4, lr=0.64, momentum=0.7, temperature=0.3, temperature_global=0.2,
+                                 temperature_local=0.4, weight_global=0.5, weight_local=0.25, hardest=1, dim=9)
+    method = pretrain.upreid(recipe, Machine())
+    model, (group,) = method.model, method.optimizer.param_groups
+    assert (model.temperature, model.temperature_global, model.temperature_local) == (0.3, 0.2, 0.4)
+    assert (model.weight_global, model.weight_local, model.hardest, model.groups) == (0.5, 0.25, 1, 2)
+    assert model.queue.shape == (10, 9) and model.online["backbone"].layer4[0].conv2.stride == (2, 2)
+    assert group["momentum"] == 0.9 and not group["nesterov"] and group["decay"] == 1
+    assert len(group["params"]) == len(list(model.online.parameters()))
+    values = [method.schedule(step, 3) for step in range(12)]    # constant within an epoch, no warm-up
+    assert [v["lr"] for v in values[::3]] == pytest.approx([0.01 * f for f in (1, (2 + 2 ** 0.5) / 4, 0.5, (2 - 2 ** 0.5) / 4)])
+    assert values[0] == values[2] and values[0]["weight_decay"] == 1e-4 and values[0]["momentum"] == 0.7
+    momenta, decays = [], []
+    real = UPReID.update_teacher
+    monkeypatch.setattr(UPReID, "update_teacher", lambda self, m: (momenta.append(m), real(self, m)))
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: decays.append(self.param_groups[0]["weight_decay"]))
+    pretrain_run(dataset, tmp_path / "run", dataclasses.replace(recipe, epochs=1))
+    assert momenta == [0.7] * 4 and decays == [1e-4] * 4
+    stored = torch.load(tmp_path / "run" / "backbone.pth", weights_only=True)
+    assert (tuple(stored["mean"]), tuple(stored["std"])) == (augment.LUP_MEAN, augment.LUP_STD)
+
+
 @pytest.mark.parametrize("recipe, where", [(SMALL, "loss"), (SMALL, "gradient"), (SMALL_UP, "loss"),
                                            (SMALL_UP, "gradient")])
 def test_a_bad_step_of_pretraining_touches_no_weight(dataset, tmp_path, monkeypatch, recipe, where):
@@ -150,10 +176,19 @@ def test_a_bad_step_of_pretraining_touches_no_weight(dataset, tmp_path, monkeypa
 
 @pytest.mark.parametrize("change, message", [
     ({"stripes": 5}, "--size 64x32: the height cannot be cut into --stripes 5"),
-    ({"hardest": 4}, "--hardest 4: an image has 3 other"), ({"groups": 3}, "--batch 4 cannot be cut into --groups 3")])
+    ({"hardest": 4}, "--hardest 4: an image has 3 other"), ({"groups": 3}, "--batch 4 cannot be cut into --groups 3"),
+    ({"groups": 4}, "--groups 4 of at least 2 images")])
 def test_upreid_recipes_that_do_not_fit_together(dataset, tmp_path, change, message):
     with pytest.raises(InputError, match=message):
         pretrain_run(dataset, tmp_path / "run", dataclasses.replace(SMALL_UP, **change))
+
+
+def test_upreid_without_stripes_asks_nothing_of_them(dataset, tmp_path, capsys):
+    recipe = dataclasses.replace(SMALL_UP, weight_local=0, weight_global=0, size=(33, 17), stripes=2, hardest=3, epochs=1,
+                                 groups=1)
+    pretrain_run(dataset, tmp_path / "run", recipe)
+    out = capsys.readouterr().out
+    assert "WARNING: --queue 10 remembers" in out and "WARNING: with --groups 1" in out
 
 
 def test_pretraining_needs_a_vit_and_enough_images(dataset, tmp_path):
@@ -171,7 +206,7 @@ def test_pretraining_needs_a_vit_and_enough_images(dataset, tmp_path):
 def test_two_processes_equal_one(market, tmp_path, method):
     """The same global batches, one network: all weights, the queue and what is logged, up to rounding."""
     flags = ["--pretrain", method, "--dataset", market, "--size", "64x32", "--epochs", 2, "--workers", 0,
-             "--save-every", 3]
+             "--save-every", 3, "--monitor", market]
     flags += {"personvit": ["--arch", "vit_mini", "--batch", 4, "--prototypes", 16, "--hidden", 16, "--bottleneck", 8,
                             "--local-crops", 2, "--drop-path", 0],
               "upreid": ["--arch", "resnet_tiny", "--batch", 8, "--queue", 20, "--groups", 2, "--lr", 0.01]}[method]
@@ -189,3 +224,21 @@ def test_two_processes_equal_one(market, tmp_path, method):
     logs = [log_lines(tmp_path / f"run{p}")[-1] for p in (None, 2)]
     for name in {"total", "cls", "patch", "instance", "global", "local", "accuracy", "grad_norm", "lr"} & set(logs[0]):
         assert logs[0][name] == pytest.approx(logs[1][name], rel=1e-3, abs=1e-5), name
+
+
+def test_a_short_run_learns(tmp_path):
+    """Eight epochs of synthetic people, about a minute: the losses fall, and plain features find people better."""
+    make_synthetic(tmp_path / "synthetic")
+    dataset = load_dataset("synthetic", tmp_path)
+    recipe = dataclasses.replace(pretrain.pretrain_recipe_for("personvit", "synthetic"), epochs=8, local_crops=2,
+                                 prototypes=256, hidden=256, bottleneck=64)
+    torch.manual_seed(recipe.seed)
+    reading = {"size": recipe.size, "mean": augment.IMAGENET_MEAN, "std": augment.IMAGENET_STD}
+    untrained = evaluate.evaluate(evaluate.build_backbone(recipe.arch, recipe.size), dataset, reading, workers=0)[0]
+    run = Run(tmp_path / "run", {})
+    pretrain.pretrain(recipe, dataset, run, Machine("cpu", 0), monitor=dataset, monitor_every=8)
+    *lines, last = log_lines(run.folder)
+    # at first the loss falls, then a sharper teacher lifts it; KL, what the student has yet to learn, keeps falling
+    assert lines[2]["total"] < 0.6 * lines[0]["total"] and lines[-1]["kl"] < 0.5 * lines[0]["kl"]
+    assert not any("warning" in line for line in lines)
+    assert last["mAP"] > 1.1 * untrained.mAP, (last, untrained)

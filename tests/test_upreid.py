@@ -271,6 +271,24 @@ def test_keys_return_to_their_images():
         torch.testing.assert_close(o[i], original[0])
 
 
+def test_bfloat16_does_not_reach_the_losses(monkeypatch):
+    """A temperature of 0.05 would magnify the rounding of similarities in a narrow cone."""
+    model, views = small_model(), small_views()
+    cone = {True: F.normalize(1 + 0.1 * torch.randn(4, 6), dim=1), False: F.normalize(1 + 0.1 * torch.randn(4, 2, 6), dim=2)}
+    monkeypatch.setattr(model, "project", lambda encoder, head, x: cone[x.ndim == 2 and head == "head"] if head == "head"
+                        else F.normalize(torch.ones(4, 4, 6) + torch.arange(4.0)[:, None], dim=2))
+    plain = model(views)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model(views)
+    for name in ("total", "instance", "global", "local", "accuracy"):
+        assert torch.equal(plain[name], mixed[name]), name
+
+
+def test_what_is_exported_is_the_online_encoder():
+    model = small_model()
+    assert model.backbone_for_export() is model.online["backbone"]
+
+
 def test_collapse_is_flagged_both_ways():
     model, views = small_model(), small_views()
     assert not model.collapsed({name: value.item() for name, value in model(views).items()})
