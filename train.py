@@ -396,8 +396,9 @@ def main(argv: list[str] | None = None) -> None:
         if args.pretrain:
             run = open_run(out, recipe, dataset, args.overwrite, machine, pretrain=args.pretrain)
             pretrain(recipe, dataset, run, machine, args.keep_every, monitor, args.monitor_every)
+            labelled = args.dataset if dataset.query else "market1501"
             print(f"saved {run.folder}/backbone.pth; fine-tune it with: python train.py --dataset "
-                  f"market1501 --arch {recipe.arch} --weights {run.folder}/backbone.pth")
+                  f"{labelled} --arch {recipe.arch} --weights {run.folder}/backbone.pth")
             return
         if machine.world > 1:
             raise InputError("fine-tuning runs in one process: start it with python, not torchrun")

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, Golden, market_tree, write_image
 from PIL import Image
 
@@ -455,3 +456,86 @@ def test_histogram_counts_colours(tmp_path):
         Image.new("RGB", (8, 16), colour).save(tmp_path / f"{name}.png")
     f = evaluate.colour_histograms([Record(str(tmp_path / f"{n}.png"), 1, 0) for n in "abc"])
     torch.testing.assert_close(f @ f.T, torch.tensor([[1.0, 1, 0], [1, 1, 0], [0, 0, 1]]))
+
+
+# ---- re-ranking ------------------------------------------------------------------------------
+
+
+def textbook_rerank(q, g, k1, k2, lam, flip=None, dtype=np.float64):
+    """Zhong et al.'s algorithm with dense matrices and loops; flip: exchange two places of a rank list."""
+    x = np.concatenate([q, g]).astype(np.float64)
+    D = ((x[:, None] - x[None]) ** 2).sum(-1)
+    D /= D.max(1, keepdims=True)
+    rank, N, V = np.argsort(D, 1, kind="stable"), len(x), np.zeros((len(x), len(x)), dtype)
+    for i, place in flip or []:
+        rank[i, [place - 1, place]] = rank[i, [place, place - 1]]
+
+    def known(i, k):
+        return [j for j in rank[i, :k + 1] if i in rank[j, :k + 1]]
+
+    for i in range(N):
+        mine = known(i, k1)
+        more = list(mine)
+        for c in mine:
+            half = known(c, round(k1 / 2))
+            if len(set(half) & set(mine)) > 2 / 3 * len(half):
+                more += half
+        more = np.unique(more)
+        V[i, more] = np.exp(-D[i, more]) / np.exp(-D[i, more]).sum()
+    V = np.stack([V[rank[i, :k2]].mean(0) for i in range(N)])
+    m = np.zeros((len(q), len(g)), dtype)
+    for t in range(N):  # one by one, as it is how a short float type loses digits
+        m += np.minimum(V[:len(q), t, None], V[None, len(q):, t])
+    m = m.astype(np.float64)
+    return (1 - lam) * (1 - m / (2 - m)) + lam * D[:len(q), len(q):], D
+
+
+@pytest.mark.parametrize("name, k1, k2", [("rerank_20_6_03", 20, 6), ("rerank_50_15_03", 50, 15)])
+def test_rerank_equals_textbook_and_reference(name, k1, k2):
+    golden = Golden(name)
+    q, g = golden["query"], golden["gallery"]
+    ours = evaluate.rerank(q, g, k1, k2, 0.3)
+    wanted, D = textbook_rerank(q.numpy(), g.numpy(), k1, k2, 0.3)
+    np.testing.assert_allclose(ours, wanted, atol=2e-6)
+    # the reference rounds distances to float32 before it ranks them; where two are that close, its order is luck
+    close, D = [], np.sort(D, 1)
+    for place in (k2, round(k1 / 2) + 1, k1 + 1):
+        close += [(i, place) for i in np.flatnonzero(D[:, place] - D[:, place - 1] < 1e-7)]
+    assert len(close) <= 1
+    wanted, _ = textbook_rerank(q.numpy(), g.numpy(), k1, k2, 0.3, flip=close, dtype=np.float16)  # as it has
+    np.testing.assert_allclose(golden["distmat"], wanted, atol=3e-3)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_rerank_equals_textbook_on_random_problems(seed):
+    rng = np.random.default_rng(seed)
+    Q, G, D = rng.integers(1, 20), rng.integers(8, 60), rng.integers(2, 12)
+    centres = rng.normal(size=(6, D))
+    q, g = (torch.as_tensor(centres[rng.integers(0, 6, n)] + 0.4 * rng.normal(size=(n, D))) for n in (Q, G))
+    q, g = (F.normalize(x, dim=1).float() for x in (q, g))
+    k1, k2 = int(rng.integers(1, 8)), int(rng.integers(1, 4))
+    k2 = min(k2, k1 + 1)
+    wanted, _ = textbook_rerank(q.numpy(), g.numpy(), k1, k2, 0.25)
+    np.testing.assert_allclose(evaluate.rerank(q, g, k1, k2, 0.25), wanted, atol=1e-5)
+
+
+def test_rerank_of_near_duplicates_and_of_galleries_smaller_than_k1():
+    torch.manual_seed(0)
+    q = F.normalize(torch.randn(4, 8), dim=1)
+    for g in (q.repeat(10, 1), F.normalize(q.repeat(3, 1) + 1e-7 * torch.randn(12, 8), dim=1), q[:1], q[:2]):
+        dist = evaluate.rerank(q, g)
+        assert dist.shape == (4, len(g)) and dist.isfinite().all() and -1e-5 <= dist.min() and dist.max() <= 1 + 1e-5
+    same = evaluate.rerank(q, q.repeat(10, 1), 5, 2)
+    assert (same.argmin(1) % 4 == torch.arange(4)).all()
+
+
+def test_rank_features_with_rerank_ranks_the_reranked_distances():
+    torch.manual_seed(0)
+    centres, pids = torch.randn(12, 8), torch.arange(150) % 12
+    feats = F.normalize(centres[pids] + torch.randn(150, 8), dim=1)
+    cams = torch.randint(4, (150,))
+    args = feats[:30], pids[:30], cams[:30], feats[30:], pids[30:], cams[30:]
+    result = evaluate.rank_features(*args, rerank=True)
+    wanted = evaluate.cmc_map(evaluate.rerank(feats[:30], feats[30:]), pids[:30], pids[30:], cams[:30], cams[30:])
+    assert result.mAP == pytest.approx(wanted.mAP, abs=1e-6) and np.allclose(result.cmc, wanted.cmc)
+    assert result.mAP > evaluate.rank_features(*args).mAP       # clustered features gain by it
