@@ -1,4 +1,4 @@
-"""From a weights file to mAP: model, features, ranking, CMC and average precision, the rank list.
+"""From a model to mAP: features, ranking, CMC and average precision, re-ranking, the rank list.
 
 Protocol of Market-1501, as PersonViT's published numbers use it. For each query q:
 
@@ -16,12 +16,9 @@ and writing.
 
 import argparse
 import hashlib
-import math
 import os
-import pickle
 import re
 import signal
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,181 +29,9 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import sparse
 from torch import Tensor, nn
 
-import personvit
-import upreid
 from augment import normalize
-from data import NAMES, InputError, Record, closest, command_line, load_dataset, read_image
-
-# ---------------------------------------------------------------------------------------------
-# The model that is fine-tuned and evaluated
-# ---------------------------------------------------------------------------------------------
-
-ARCHS = ("vit_mini", "vit_tiny", "vit_small", "vit_base", "resnet_tiny", "resnet50")
-
-
-def build_backbone(arch: str, size: tuple[int, int] = (256, 128), drop_path: float = 0.0,
-                   last_stride: int = 1) -> nn.Module:
-    """A backbone of ARCHS with random weights. size (H, W): a ViT's grid; a ResNet takes any.
-
-    Raises InputError for an unknown name and a size without a single patch.
-    """
-    if arch not in ARCHS:
-        raise InputError(f"no architecture is called {arch!r}; "
-                         f"did you mean {closest(arch, ARCHS)}?")
-    if arch.startswith("resnet"):
-        return getattr(upreid, arch)(last_stride)
-    try:
-        return getattr(personvit, arch)(size, drop_path=drop_path)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-
-
-class ReIDModel(nn.Module):
-    """Backbone, BNNeck, classifier: images (B, 3, H, W) -> in training scores (B, num_ids) and
-    feature (B, D), in evaluation the feature before [PersonViT code] or after the neck [BoT].
-
-    The two losses disagree on what a feature is: the triplet loss wants distances, the classifier
-    angles; with a batch norm between them each has a space of its own. State keys base.*,
-    bottleneck.*, classifier.* are TransReID's.
-    """
-
-    def __init__(self, backbone: nn.Module, num_ids: int, neck_feat: str = "before"):
-        super().__init__()
-        assert neck_feat in ("before", "after"), neck_feat
-        self.base, self.neck_feat = backbone, neck_feat
-        self.bottleneck = nn.BatchNorm1d(backbone.embed_dim)
-        # no shift, no classifier bias: decision planes go through the origin, as in cosine ranking
-        self.bottleneck.bias.requires_grad_(False)
-        self.classifier = nn.Linear(backbone.embed_dim, num_ids, bias=False)
-        nn.init.normal_(self.classifier.weight, std=0.001)
-
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        feature = self.base(x).float()                # (B, D); statistics and losses in float32
-        if not self.training and self.neck_feat == "before":
-            return feature
-        neck = self.bottleneck(feature)               # (B, D)
-        return (self.classifier(neck), feature) if self.training else neck
-
-
-# ---------------------------------------------------------------------------------------------
-# Weights: read without executing anything, fill every backbone parameter or stop
-# ---------------------------------------------------------------------------------------------
-
-
-def read_checkpoint(path: str | Path) -> dict:
-    """The dictionary in a weights file; nothing in the file is executed.
-
-    Raises InputError for a missing, truncated or foreign file.
-    """
-    try:  # training files of DINO and iBOT hold their command line, which is harmless
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle versions; what cannot be read raises
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such weights file") from None
-    except Exception as error:  # hostile bytes make the reader raise anything at all
-        reason = "damaged, or no file of PyTorch weights"
-        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
-            reason = "it holds Python objects, which loading would execute"
-        raise InputError(f"{path}: {reason}; nothing was loaded") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: holds a {type(content).__name__}, not a dictionary of weights")
-    return content
-
-
-def backbone_state(content: dict) -> dict[str, Tensor]:
-    """The backbone's tensors of a checkpoint under their plain names (timm's or torchvision's)."""
-    wrappers = ("model", "state_dict", "teacher", "backbone")  # nesting of the usual training files
-    while key := next((k for k in wrappers if isinstance(content.get(k), dict)), None):
-        content = content[key]
-    state = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
-    for prefix in ("module.", "_orig_mod.", "encoder_q.", "backbone.", "base."):
-        if any(k.startswith(prefix) for k in state):  # heads and necks lie outside the prefix
-            state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    return state
-
-
-def source_grid(content: dict, pos_embed: Tensor, patch: int, path) -> tuple[int, int]:
-    """The patch grid (rows, columns) that position embeddings of a file belong to.
-
-    This project's files say their image size. Others are taken for square if the number of patches
-    is (ImageNet, 14 x 14), else for twice as tall as wide (people, 16 x 8) [ours].
-    """
-    n = pos_embed.shape[1] - 1 if pos_embed.ndim == 3 and len(pos_embed) == 1 else 0
-    recipe = content.get("recipe")
-    if isinstance(recipe, dict) and "size" in recipe:
-        rows, columns = (side // patch for side in recipe["size"])
-    elif math.isqrt(max(n, 0)) ** 2 == n:
-        rows = columns = math.isqrt(max(n, 0))
-    else:
-        columns = math.isqrt(max(n, 0) // 2)
-        rows = 2 * columns
-    if n < 1 or rows * columns != n:
-        raise InputError(f"{path}: pos_embed of shape {tuple(pos_embed.shape)} fits neither "
-                         f"a square nor a 2:1 grid of patches after one [CLS] token; "
-                         f"nothing was loaded")
-    return rows, columns
-
-
-def load_weights(path: str | Path, backbone: nn.Module) -> str:
-    """Fill a backbone from a weights file and say what was done; it is filled wholly or not at all.
-
-    Accepts this project's files, flat timm / DINO / torchvision state dicts, training files of DINO
-    and iBOT (the teacher), MoCo and LUPerson (the query encoder), and TransReID's fine-tuned ones.
-    Classifiers are dropped; position embeddings are resized to the backbone's grid. Raises
-    InputError when a backbone weight is missing, has another shape or is not finite, and when the
-    file's network is deeper.
-    """
-    content = read_checkpoint(path)
-    state, own, resized = backbone_state(content), backbone.state_dict(), "none"
-    if "pos_embed" in state and "pos_embed" in own:
-        grid = source_grid(content, state["pos_embed"], backbone.patch_size, path)
-        if grid != backbone.grid and state["pos_embed"].shape[2] == backbone.embed_dim:
-            resized = "pos_embed {}x{} -> {}x{}".format(*grid, *backbone.grid)
-            state["pos_embed"] = personvit.resize_pos_embed(
-                state["pos_embed"].float(), grid, backbone.grid)
-    # old files lack the counter of batch norm, which only an average over all steps would read
-    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
-    wrong = [k for k in own if k in state and state[k].shape != own[k].shape]
-    dropped = [k for k in state if k not in own]
-    deeper = [k for k in dropped if k.startswith(("blocks.", "layer"))]
-    if missing or wrong or deeper:
-        kinds = (("cls_token", "a ViT"), ("layer1.0.conv1.weight", "a ResNet"))
-        kind = next((name for key, name in kinds if key in state), "unknown")
-        example = (f"missing {missing[0]}" if missing else f"too many: {deeper[0]}" if deeper else
-                   f"{wrong[0]} is {tuple(state[wrong[0]].shape)}, "
-                   f"not {tuple(own[wrong[0]].shape)}")
-        raise InputError(f"{path}: weights of another architecture: "
-                         f"{len(missing)} of {len(own)} backbone weights missing, "
-                         f"{len(wrong)} of another shape, "
-                         f"{len(deeper)} of blocks that this one lacks ({example}); "
-                         f"the file's backbone: {kind}. "
-                         f"Choose --arch to match; nothing was loaded")
-    filled = {k: state[k] for k in own if k in state}
-    bad = [k for k, v in filled.items() if v.is_complex() or v.is_meta or not v.isfinite().all()]
-    if bad:
-        raise InputError(f"{path}: {len(bad)} weights are not finite real numbers, first {bad[0]}; "
-                         f"the training that wrote them had diverged; nothing was loaded")
-    backbone.load_state_dict(filled, strict=False)
-    return (f"{path}: {len(own)}/{len(own)} backbone weights loaded, resized: {resized}, dropped: "
-            f"{len(dropped)}{' (' + ', '.join(dropped[:3]) + ')' if dropped else ''}")
-
-
-def load_model(path: str | Path) -> tuple[ReIDModel, dict]:
-    """A fine-tuned model of train.py with its recipe: how to resize, normalise, read features."""
-    content = read_checkpoint(path)
-    if content.get("format") != "reid-model":
-        raise InputError(f"{path}: not a model.pth of train.py, so nothing says how to read "
-                         f"images for it; fine-tune first: python train.py --weights {path}")
-    try:
-        recipe = content["recipe"]
-        backbone = build_backbone(recipe["arch"], tuple(recipe["size"]), 0.0, recipe["last_stride"])
-        model = ReIDModel(backbone, content["num_ids"], recipe["neck_feat"])
-        model.load_state_dict(content["model"])
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, AssertionError) as error:
-        raise InputError(f"{path}: damaged, its weights and recipe do not fit ({error})") from None
-    return model.eval(), recipe
-
+from data import NAMES, InputError, Record, command_line, load_dataset, read_image
+from weights import ReIDModel, inspect, load_model, load_weights
 
 # ---------------------------------------------------------------------------------------------
 # Features

@@ -17,10 +17,11 @@ from torch import Tensor
 from augment import (IMAGENET_MEAN, IMAGENET_STD, LUP_MEAN, LUP_STD, ContrastViews, MultiCrop,
                      step_generator)
 from data import Images, InputError, ShuffleSampler
-from evaluate import ARCHS, build_backbone, evaluate
+from evaluate import evaluate
 from personvit import PersonViT, draw_masks, gathered_mean
 from runs import Machine, Run, average_gradients, check_recipe, cosine, loop, option
 from upreid import UPReID
+from weights import ARCHS, build_backbone
 
 # ---------------------------------------------------------------------------------------------
 # Recipes

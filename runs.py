@@ -30,7 +30,8 @@ except ImportError:  # Windows
 
 from augment import step_generator
 from data import Images, InputError, closest, write_atomic
-from evaluate import quiet_worker, read_checkpoint
+from evaluate import quiet_worker
+from weights import read_checkpoint
 
 # ---------------------------------------------------------------------------------------------
 # Recipes: hyper-parameters with their limits

@@ -26,11 +26,11 @@ from torch import Tensor
 
 from augment import IMAGENET_MEAN, IMAGENET_STD, FineTuneTransform
 from data import NAMES, Images, InputError, PKSampler, command_line, load_dataset
-from evaluate import (ARCHS, ReIDModel, build_backbone, colour_histograms, device_name, draw_ranks,
-                      evaluate, load_weights, rank_features)
+from evaluate import colour_histograms, device_name, draw_ranks, evaluate, rank_features
 from pretrain import LAPTOP_ARCHS, RECIPES, pretrain, pretrain_recipe_for
 from runs import (Machine, Run, check_finite, check_recipe, cosine, first_then_others, loop,
                   open_run, option, processes)
+from weights import ARCHS, ReIDModel, build_backbone, load_weights
 
 # ---------------------------------------------------------------------------------------------
 # Recipes: every hyper-parameter of fine-tuning in one table, each with its source

@@ -29,6 +29,7 @@ import personvit
 import pretrain
 import runs
 import train
+import weights
 from augment import ContrastViews, FineTuneTransform, MultiCrop
 from data import Images, PKSampler, load_dataset
 from personvit import vit_small
@@ -221,7 +222,7 @@ def pipeline(repeats: int, device: str, folder: Path) -> None:
         batch = images.__getitems__(indices[:64])[0].to(device)
         transform = FineTuneTransform(*recipe.statistics)
         augment = seconds(lambda: [transform(batch, 0, i) for i in range(repeats)], device)
-        model = evaluate.ReIDModel(evaluate.build_backbone(recipe.arch, recipe.size, recipe.drop_path), 100)
+        model = weights.ReIDModel(weights.build_backbone(recipe.arch, recipe.size, recipe.drop_path), 100)
         model.to(device, memory_format=torch.channels_last).train()
         optimizer, labels = train.make_optimizer(recipe, model), torch.arange(64, device=device) // 4
         x = transform(batch, 0, 0)

@@ -1,9 +1,7 @@
-"""CMC and mAP against the definition, the lies an evaluator can tell, weights files, the picture."""
+"""CMC and mAP against the definition, the lies an evaluator can tell, re-ranking, the picture."""
 
 import math
 import os
-import pickle
-import random
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +12,8 @@ from conftest import ROOT, Golden, market_tree, write_image
 from PIL import Image
 
 import evaluate
-import upreid
 from data import InputError, Record, load_dataset
-from evaluate import (GREEN, Gallery, ReIDModel, build_backbone, cmc_map, draw_ranks, filtered_ranking,
-                      load_weights, rank_features, read_checkpoint)
+from evaluate import GREEN, Gallery, ReIDModel, cmc_map, draw_ranks, filtered_ranking, rank_features
 from personvit import VisionTransformer
 
 # ---- ranking ---------------------------------------------------------------------------------
@@ -234,141 +230,6 @@ def test_model_names_and_outputs():
     torch.testing.assert_close(before, model.base(x))
     model.neck_feat = "after"
     torch.testing.assert_close(model(x), model.bottleneck(before))
-
-
-def save(tmp_path, content):
-    torch.save(content, tmp_path / "w.pth")
-    return tmp_path / "w.pth"
-
-
-def test_load_weights_formats(tmp_path):
-    torch.manual_seed(0)
-    source = build_backbone("vit_tiny", (128, 64)).state_dict()
-    heads = {"head.weight": torch.zeros(10, 192), "fc.bias": torch.zeros(3)}
-    formats = [source, source | heads, {"state_dict": source}, {"model": {"base." + k: v for k, v in source.items()}
-               | {"classifier.weight": torch.zeros(9, 192)}},
-               {"teacher": {"backbone." + k: v for k, v in source.items()} | {"head.mlp.0.bias": torch.zeros(4)}},
-               {"module.base." + k: v for k, v in source.items()}]
-    for content in formats:
-        net = build_backbone("vit_tiny", (128, 64))
-        assert "150/150" in load_weights(save(tmp_path, content), net)
-        assert all(torch.equal(v, source[k]) for k, v in net.state_dict().items())
-    bigger = build_backbone("vit_tiny", (256, 128))
-    assert "pos_embed 8x4 -> 16x8" in load_weights(save(tmp_path, source), bigger)
-    # torchvision's ResNet-50 with its classifier
-    import torchvision
-    theirs = torchvision.models.resnet50(weights=None).state_dict()
-    ours = upreid.resnet50()
-    assert "dropped: 2 (fc.weight, fc.bias)" in load_weights(save(tmp_path, theirs), ours)
-    assert torch.equal(ours.layer4[2].conv3.weight, theirs["layer4.2.conv3.weight"])
-
-
-def test_training_files_of_moco_and_luperson(tmp_path):
-    """Their query encoder counts, not the key encoder, the head (fc) or the queue."""
-    torch.manual_seed(0)
-    query, key = (build_backbone("resnet_tiny").state_dict() for _ in range(2))
-    head = {f"fc.{i}.{kind}": torch.ones(3) for i in (0, 2) for kind in ("weight", "bias")}
-    state = {f"module.encoder_{name}.{k}": v for name, net in (("q", query), ("k", key)) for k, v in (net | head).items()}
-    state |= {"module.queue": torch.zeros(128, 9), "module.queue_ptr": torch.zeros(1, dtype=torch.long)}
-    content = {"epoch": 200, "arch": "resnet50", "state_dict": state, "optimizer": {"state": {}, "param_groups": []}}
-    net = build_backbone("resnet_tiny")
-    assert "dropped: 4 (fc.0.weight" in load_weights(save(tmp_path, content), net)
-    assert all(torch.equal(v, query[k]) for k, v in net.state_dict().items())
-
-
-def test_position_grids_of_files(tmp_path):
-    """Our files say their size; other grids are square or 2:1, or refused."""
-    source = build_backbone("vit_tiny", (384, 128))
-    ours = {"format": "reid-backbone", "recipe": {"size": [384, 128]}, "backbone": source.state_dict()}
-    assert "24x8 -> 16x8" in load_weights(save(tmp_path, ours), build_backbone("vit_tiny"))
-    flat = {"recipe": {"size": [128, 256]}, "backbone": build_backbone("vit_tiny", (128, 256)).state_dict()}
-    assert "8x16 -> 16x8" in load_weights(save(tmp_path, flat), build_backbone("vit_tiny"))  # as many tokens
-    square = build_backbone("vit_tiny", (224, 224)).state_dict()
-    assert "14x14 -> 16x8" in load_weights(save(tmp_path, square), build_backbone("vit_tiny"))
-    for pos in (source.pos_embed.data, torch.zeros(1, 198, 192), torch.zeros(1, 1, 192), torch.zeros(192),
-                torch.zeros(2, 129, 192), torch.zeros(1, 0, 192)):
-        with pytest.raises(InputError, match="pos_embed of shape|another shape"):
-            load_weights(save(tmp_path, source.state_dict() | {"pos_embed": pos}), build_backbone("vit_tiny"))
-
-
-def test_training_files_with_a_command_line_inside(tmp_path):
-    """DINO and iBOT store their argparse.Namespace; it is harmless and must not keep the weights out."""
-    import argparse
-    source = build_backbone("vit_tiny").state_dict()
-    content = {"student": {"module.backbone." + k: v + 1 for k, v in source.items()}, "epoch": 220,
-               "teacher": {"backbone." + k: v for k, v in source.items()} | {"head.mlp.0.bias": torch.zeros(4)},
-               "args": argparse.Namespace(arch="vit_tiny", lr=0.1)}
-    net = build_backbone("vit_tiny")
-    assert "150/150" in load_weights(save(tmp_path, content), net)
-    assert all(torch.equal(v, source[k]) for k, v in net.state_dict().items())
-
-
-def test_deeper_networks_and_broken_numbers_are_refused(tmp_path):
-    deep = upreid.ResNet((1, 1, 2, 1), 32).state_dict()
-    with pytest.raises(InputError, match="blocks that this one lacks .too many: layer3.1"):
-        load_weights(save(tmp_path, deep), upreid.resnet_tiny())
-    for value in (math.nan, 1j):
-        state = upreid.resnet_tiny().state_dict()
-        state["conv1.weight"] = state["conv1.weight"] * value
-        with pytest.raises(InputError, match="1 weights are not finite real numbers, first conv1.weight"):
-            load_weights(save(tmp_path, state), upreid.resnet_tiny())
-
-
-def test_damaged_models_get_one_line(tmp_path):
-    model = ReIDModel(build_backbone("resnet_tiny"), 5)
-    recipe = {"arch": "resnet_tiny", "size": [32, 16], "last_stride": 1, "neck_feat": "before"}
-    good = {"format": "reid-model", "recipe": recipe, "num_ids": 5, "model": model.state_dict()}
-    loaded, _ = evaluate.load_model(save(tmp_path, good))
-    assert all(torch.equal(v, model.state_dict()[k]) for k, v in loaded.state_dict().items())
-    for change in ({"recipe": None}, {"recipe": {}}, {"num_ids": 6}, {"num_ids": "x"}, {"model": {}}, {"model": 3},
-                   {"recipe": recipe | {"arch": "np"}}, {"recipe": recipe | {"neck_feat": "behind"}}):
-        with pytest.raises(InputError):
-            evaluate.load_model(save(tmp_path, good | change))
-
-
-def test_wrong_weights_are_refused_and_change_nothing(tmp_path):
-    net = build_backbone("vit_tiny", (128, 64))
-    before = {k: v.clone() for k, v in net.state_dict().items()}
-    small = build_backbone("vit_tiny", (128, 64)).state_dict()
-    del small["blocks.3.attn.qkv.weight"]
-    for content, words in [(upreid.resnet_tiny().state_dict(), "another architecture.*a ResNet"),
-                           (build_backbone("vit_small", (128, 64)).state_dict(), "another shape.*a ViT"),
-                           (small, "1 of 150 backbone weights missing.*missing blocks.3.attn.qkv.weight"),
-                           ({"epoch": 3}, "150 of 150"), ([1, 2], "holds a list")]:
-        with pytest.raises(InputError, match=words):
-            load_weights(save(tmp_path, content), net)
-        assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
-
-
-class Hostile:
-    def __reduce__(self):
-        return os.system, ("touch executed",)
-
-
-def test_damaged_and_hostile_files(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    good = save(tmp_path, {"a": torch.randn(1000)}).read_bytes()
-    rng = random.Random(0)
-    cases = {"empty": b"", "text": b"hello " * 99, "half": good[:len(good) // 2], "short": good[:-50],
-             "noise": rng.randbytes(5000), "pickle": pickle.dumps(Hostile()),
-             "json": b'{"model": 1}', "zip": b"PK\x03\x04" + rng.randbytes(300)}
-    torch.save({"x": Hostile()}, "hostile.pth")
-    cases["zipped pickle"] = Path("hostile.pth").read_bytes()
-    for name, content in cases.items():
-        Path(name).write_bytes(content)
-        with pytest.raises(InputError) as caught:
-            read_checkpoint(name)
-        assert name in str(caught.value) and "\n" not in str(caught.value)
-    with pytest.raises(InputError, match="no such weights file"):
-        read_checkpoint("absent.pth")
-    with pytest.raises(InputError, match="damaged, or no file"):
-        read_checkpoint(tmp_path)
-    assert not Path("executed").exists()
-
-
-def test_a_bare_backbone_is_no_model(tmp_path):
-    with pytest.raises(InputError, match="fine-tune first"):
-        evaluate.load_model(save(tmp_path, upreid.resnet_tiny().state_dict()))
 
 
 # ---- features, picture -----------------------------------------------------------------------

@@ -15,6 +15,7 @@ import evaluate
 import pretrain
 import runs
 import train
+import weights
 from data import InputError, load_dataset
 from personvit import PersonViT, VisionTransformer
 from runs import Machine, Run
@@ -86,7 +87,7 @@ def test_pretraining_ends_in_weights_that_fine_tune(dataset, tmp_path):
     names = sorted(p.name for p in run.folder.iterdir())
     assert names == ["backbone.pth", "backbone_e0002.pth", "checkpoint.pth", "lock", "log.jsonl", "recipe.json"]
     torch.manual_seed(SMALL.seed)
-    start = PersonViT(evaluate.build_backbone("vit_mini", (64, 32), 0.2), 16, 16, 8, norm_last_layer=False)
+    start = PersonViT(weights.build_backbone("vit_mini", (64, 32), 0.2), 16, 16, 8, norm_last_layer=False)
     for name, p in model.named_parameters():                     # prototypes stood still, the rest moved
         if name.startswith("student") and p.ndim > 1:
             assert torch.equal(p, start.get_parameter(name)) == ("last_layer" in name), name
@@ -234,7 +235,7 @@ def test_a_short_run_learns(tmp_path):
                                  prototypes=256, hidden=256, bottleneck=64)
     torch.manual_seed(recipe.seed)
     reading = {"size": recipe.size, "mean": augment.IMAGENET_MEAN, "std": augment.IMAGENET_STD}
-    untrained = evaluate.evaluate(evaluate.build_backbone(recipe.arch, recipe.size), dataset, reading, workers=0)[0]
+    untrained = evaluate.evaluate(weights.build_backbone(recipe.arch, recipe.size), dataset, reading, workers=0)[0]
     run = Run(tmp_path / "run", {})
     pretrain.pretrain(recipe, dataset, run, Machine("cpu", 0), monitor=dataset, monitor_every=8)
     *lines, last = log_lines(run.folder)

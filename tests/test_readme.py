@@ -40,10 +40,10 @@ def test_command_parses(command):
 
 
 EDGES = {"upreid": set(), "personvit": set(), "synthetic": set(), "augment": set(), "data": {"synthetic"},
-         "evaluate": {"upreid", "personvit", "data", "augment"},
-         "runs": {"data", "augment", "evaluate"},
-         "pretrain": {"data", "augment", "evaluate", "personvit", "upreid", "runs"},
-         "train": {"data", "augment", "evaluate", "pretrain", "runs"}}
+         "weights": {"upreid", "personvit", "data", "augment"}, "evaluate": {"weights", "data", "augment"},
+         "runs": {"data", "augment", "evaluate", "weights"},
+         "pretrain": {"data", "augment", "evaluate", "weights", "personvit", "upreid", "runs"},
+         "train": {"data", "augment", "evaluate", "weights", "pretrain", "runs"}}
 METHOD_FILES = {"upreid": {"torch"}, "personvit": {"torch"}}
 PACKAGES = {"torch", "torchvision", "numpy", "scipy", "PIL"}
 

@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, Golden, command, log_lines, market_tree, start_command
 
-import evaluate
 import train
 from data import InputError, load_dataset
-from evaluate import ReIDModel
+from weights import ARCHS, ReIDModel
 from personvit import VisionTransformer
 from runs import Machine, Run, cosine
 from train import Recipe, fine_tune, hardest, learning_rate, make_optimizer, recipe_for, triplet_loss
@@ -118,7 +117,7 @@ def test_recipes():
 
 
 def test_every_default_is_allowed_and_values_outside_are_not():
-    for recipe in (recipe_for(d, a) for d in ("synthetic", "market1501", "msmt17") for a in evaluate.ARCHS):
+    for recipe in (recipe_for(d, a) for d in ("synthetic", "market1501", "msmt17") for a in ARCHS):
         train.check_recipe(recipe)
     for change in ({"lr": math.nan}, {"ids": 1}, {"images": 0}, {"epochs": -1}, {"seed": -1}, {"size": (0, 0)},
                    {"drop_path": 1.0}, {"smoothing": -0.1}, {"margin": math.inf}, {"weight_decay": -1.0}):

@@ -1,0 +1,342 @@
+"""From a file of weights to a network: which formats exist, what a file holds, loading it whole.
+
+Courses and papers leave weights in a dozen formats: nested or flat, with prefixes, with the head of
+a classifier or of self-distillation, for another image size. All of them hold one of two backbones
+under the names of timm (ViT) or torchvision (ResNet), so everything is read from the names and
+shapes of tensors. Three rules: nothing in a file is executed; a backbone is filled wholly or not at
+all; what was matched, resized and dropped is said. Read `read_file`, then `load_weights`.
+"""
+
+import argparse
+import math
+import pickle
+import re
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import personvit
+import upreid
+from augment import IMAGENET_MEAN, IMAGENET_STD
+from data import InputError, closest
+
+# ---------------------------------------------------------------------------------------------
+# The model that is fine-tuned and evaluated
+# ---------------------------------------------------------------------------------------------
+
+ARCHS = ("vit_mini", "vit_tiny", "vit_small", "vit_base", "resnet_tiny", "resnet50")
+
+
+def build_backbone(arch: str, size: tuple[int, int] = (256, 128), drop_path: float = 0.0,
+                   last_stride: int = 1, stride: int | None = None) -> nn.Module:
+    """A backbone of ARCHS with random weights. size (H, W): a ViT's grid; a ResNet takes any.
+    stride: of a ViT's patches, None = they do not overlap; last_stride: of a ResNet's last stage.
+
+    Raises InputError for an unknown name and a size without a single patch.
+    """
+    if arch not in ARCHS:
+        raise InputError(f"no architecture is called {arch!r}; "
+                         f"did you mean {closest(arch, ARCHS)}?")
+    if arch.startswith("resnet"):
+        return getattr(upreid, arch)(last_stride)
+    try:
+        return getattr(personvit, arch)(size, drop_path=drop_path, stride=stride)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+class ReIDModel(nn.Module):
+    """Backbone, BNNeck, classifier: images (B, 3, H, W) -> in training scores (B, num_ids) and
+    feature (B, D), in evaluation the feature before [PersonViT code] or after the neck [BoT].
+
+    The two losses disagree on what a feature is: the triplet loss wants distances, the classifier
+    angles; with a batch norm between them each has a space of its own. State keys base.*,
+    bottleneck.*, classifier.* are TransReID's.
+    """
+
+    def __init__(self, backbone: nn.Module, num_ids: int, neck_feat: str = "before"):
+        super().__init__()
+        assert neck_feat in ("before", "after"), neck_feat
+        self.base, self.neck_feat = backbone, neck_feat
+        self.bottleneck = nn.BatchNorm1d(backbone.embed_dim)
+        # no shift, no classifier bias: decision planes go through the origin, as in cosine ranking
+        self.bottleneck.bias.requires_grad_(False)
+        self.classifier = nn.Linear(backbone.embed_dim, num_ids, bias=False)
+        nn.init.normal_(self.classifier.weight, std=0.001)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        feature = self.base(x).float()                # (B, D); statistics and losses in float32
+        if not self.training and self.neck_feat == "before":
+            return feature
+        neck = self.bottleneck(feature)               # (B, D)
+        return (self.classifier(neck), feature) if self.training else neck
+
+
+# ---------------------------------------------------------------------------------------------
+# What a file holds
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class WeightsFile:
+    """A file of weights, read: the backbone's tensors under plain names, and what else it says."""
+
+    path: str
+    kind: str                                    # in words, for people
+    state: dict[str, Tensor]                     # of the backbone
+    head: dict[str, Tensor]                      # of BNNeck and classifier, if fine-tuned
+    dropped: list[str]                           # what belongs to neither
+    arch: str = ""                               # of ARCHS, "" if none of them
+    size: tuple[int, int] | None = None          # (H, W) of a ViT's positions
+    stride: int | None = None                    # ... and of its patches
+    grid: tuple[int, int] | None = None          # rows and columns of patches
+    recipe: dict = field(default_factory=dict)   # of this project's files
+    args: dict = field(default_factory=dict)     # the command line that DINO and iBOT keep
+    epoch: int | None = None
+
+    @property
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and std by which images enter: as the file says, else by this table.
+
+        TransReID's and PersonViT's fine-tuned models and timm's ViT (recognised by its classifier)
+        0.5 and 0.5; all else ImageNet's.
+        """
+        if "mean" in self.recipe:
+            return tuple(self.recipe["mean"]), tuple(self.recipe["std"])
+        half = "head.weight" in self.dropped or self.head and self.arch.startswith("vit")
+        return ((0.5,) * 3, (0.5,) * 3) if half else (IMAGENET_MEAN, IMAGENET_STD)
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """The dictionary in a weights file; nothing in the file is executed.
+
+    Raises InputError for a missing, truncated or foreign file.
+    """
+    try:  # training files of DINO and iBOT hold their command line, which is harmless
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle versions; what cannot be read raises
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such weights file") from None
+    except Exception as error:  # hostile bytes make the reader raise anything at all
+        reason = "damaged, or no file of PyTorch weights"
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+            reason = "it holds Python objects, which loading would execute"
+        raise InputError(f"{path}: {reason}; nothing was loaded") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds a {type(content).__name__}, not a dictionary of weights")
+    return content
+
+
+# Nesting and prefixes of the usual files, in the order in which they are taken off. Of two
+# networks the one that is meant to be used: DINO's and iBOT's teacher, MoCo's query encoder.
+WRAPPERS = ("model", "state_dict", "teacher", "target_encoder", "backbone")
+PREFIXES = ("module.", "_orig_mod.", "teacher.", "online.", "encoder_q.", "backbone.", "base.")
+HEAD = ("bottleneck.", "classifier.")            # TransReID's names, and ours
+UNFIT = {"part_token1": "the part tokens of PASS",
+         "sie_embed": "TransReID's camera embedding (SIE)",
+         "patch_embed.conv.0.weight": "the convolutional stem (ICS) of TransReID-SSL"}
+
+
+def read_file(path: str | Path) -> WeightsFile:
+    """Read any of the formats of README's table. Raises InputError, naming the file, for files that
+    are damaged, hold no known backbone, or one with parts that the networks here lack."""
+    content = read_checkpoint(path)
+    inner = content
+    while key := next((k for k in WRAPPERS if isinstance(inner.get(k), dict)), None):
+        inner = inner[key]
+    plain = {k: v for k, v in inner.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    head, others = {}, []
+    for prefix in PREFIXES:  # what lies outside the prefix is a head, an optimiser, another network
+        if any(k.startswith(prefix) for k in plain):
+            outside = [k for k in plain if not k.startswith(prefix)]
+            head |= {k: plain[k] for k in outside if k.startswith(HEAD)}
+            others += [k for k in outside if not k.startswith(HEAD)]
+            plain = {k.removeprefix(prefix): v for k, v in plain.items() if k.startswith(prefix)}
+    ours = re.compile(r"cls_token|pos_embed|patch_embed\.proj\.|blocks\.|norm\.|"
+                      r"conv1\.|bn1\.|layer\d\.")
+    state = {k: v for k, v in plain.items() if ours.match(k)}
+    others += [k for k in plain if k not in state]
+    for name, what in UNFIT.items():
+        if name in others:
+            raise InputError(f"{path}: holds {what}, which the backbones here lack; nothing was "
+                             f"loaded")
+    if "dist_token" in others and "pos_embed" in state:  # DeiT: its position is the second
+        state["pos_embed"] = torch.cat([state["pos_embed"][:, :1], state["pos_embed"][:, 2:]], 1)
+    recipe = content.get("recipe") if isinstance(content.get("recipe"), dict) else {}
+    recipe = recipe | {k: content[k] for k in ("size", "mean", "std") if k in content}
+    args, epoch = content.get("args"), content.get("epoch")
+    file = WeightsFile(str(path), kind_of(content, inner, head), state, head, others,
+                       arch_of(state), recipe=recipe,
+                       args=vars(args) if isinstance(args, argparse.Namespace) else {},
+                       epoch=epoch if isinstance(epoch, int) else None)
+    if "pos_embed" in state and "patch_embed.proj.weight" in state:
+        file.size, file.stride, file.grid = positions_of(file)
+    return file
+
+
+def kind_of(content: dict, inner: dict, head: dict) -> str:
+    """In words; only for people."""
+    known = {"reid-model": "fine-tuned model of this project",
+             "reid-backbone": "pre-trained backbone of this project",
+             "reid-checkpoint": "training state of this project"}
+    if content.get("format") in known:
+        return known[content["format"]]
+    for key, name in (("ibot_loss", "iBOT's training state, as PersonViT's pre-training has it"),
+                      ("dino_loss", "DINO's training state")):
+        if key in content:
+            return f"{name}, of which the teacher counts"
+    if any(str(k).removeprefix("module.").startswith("encoder_q.") for k in inner):
+        return "MoCo's or LUPerson's training state, of which the query encoder counts"
+    if head:
+        return "fine-tuned model of TransReID or PersonViT"
+    return "bare backbone" if inner is content else "backbone in a wrapper"
+
+
+def arch_of(state: dict[str, Tensor]) -> str:
+    """The name in ARCHS of the network these tensors are of, by their shapes; "" if it has none."""
+    def count(pattern: str) -> int:
+        return len({m[1] for k in state if (m := re.match(pattern, k))})
+
+    if "cls_token" in state and "blocks.0.mlp.fc1.weight" in state:
+        D, depth = state["cls_token"].shape[-1], count(r"blocks\.(\d+)\.")
+        four = state["blocks.0.mlp.fc1.weight"].shape[0] == 4 * D
+        names = {(128, 6): "vit_mini", (192, 12): "vit_tiny", (384, 12): "vit_small",
+                 (768, 12): "vit_base"}
+        return names.get((D, depth), "") if four else ""
+    if "layer1.0.conv3.weight" in state and "conv1.weight" in state:
+        depths = tuple(count(rf"layer{i}\.(\d+)\.") for i in (1, 2, 3, 4))
+        names = {(64, (3, 4, 6, 3)): "resnet50", (32, (1, 1, 1, 1)): "resnet_tiny"}
+        return names.get((state["conv1.weight"].shape[0], depths), "")
+    return ""
+
+
+SIZES = ((256, 128), (384, 128), (224, 224), (384, 384), (128, 64))  # in use for ViT and people
+
+
+def positions_of(file: WeightsFile) -> tuple[tuple[int, int], int, tuple[int, int]]:
+    """Image size, stride and grid (rows, columns) that a ViT's position embeddings belong to.
+
+    This project's files say their size. Of others only the number of patches is known: the first of
+    SIZES with as many; else a square grid, or one twice as tall as wide; else SIZES with patches
+    that overlap by a quarter (TransReID's stride 12 of 16) [ours].
+    """
+    pos, p = file.state["pos_embed"], file.state["patch_embed.proj.weight"].shape[-1]
+    n = pos.shape[1] - 1 if pos.ndim == 3 and len(pos) == 1 else 0
+    sizes = (tuple(file.recipe["size"]),) if "size" in file.recipe else SIZES
+    side, half = math.isqrt(max(n, 0)), math.isqrt(max(n, 0) // 2)
+    guesses = [(size, p) for size in (*sizes, (side * p, side * p), (2 * half * p, half * p))]
+    for (H, W), stride in guesses + [(size, max(3 * p // 4, 1)) for size in sizes]:
+        grid = (H - p) // stride + 1, (W - p) // stride + 1
+        if min(grid) > 0 and grid[0] * grid[1] == n:
+            return (H, W), stride, grid
+    raise InputError(f"{file.path}: pos_embed of shape {tuple(pos.shape)} fits no grid of patches "
+                     f"after one [CLS] token; nothing was loaded")
+
+
+# ---------------------------------------------------------------------------------------------
+# Loading
+# ---------------------------------------------------------------------------------------------
+
+
+def load_weights(path: str | Path, backbone: nn.Module) -> str:
+    """Fill a backbone from a weights file and say what was done; it is filled wholly or not at all.
+
+    Classifiers and heads are dropped; position embeddings are resized to the backbone's grid.
+    Raises InputError as `read_file` does, when a backbone weight is missing, has another shape or
+    is not finite, and when the file's network is deeper.
+    """
+    return fill(read_file(path), backbone)
+
+
+def fill(file: WeightsFile, backbone: nn.Module) -> str:
+    """`load_weights` of a file that is read already."""
+    state, own, resized = dict(file.state), backbone.state_dict(), "none"
+    if file.grid and "pos_embed" in own and file.grid != backbone.grid and \
+            state["pos_embed"].shape[2] == backbone.embed_dim:
+        resized = "pos_embed {}x{} -> {}x{}".format(*file.grid, *backbone.grid)
+        state["pos_embed"] = personvit.resize_pos_embed(state["pos_embed"].float(), file.grid,
+                                                        backbone.grid)
+    # old files lack the counter of batch norm, which only an average over all steps would read
+    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
+    wrong = [k for k in own if k in state and state[k].shape != own[k].shape]
+    deeper = [k for k in state if k not in own]
+    if missing or wrong or deeper:
+        kinds = (("cls_token", "a ViT"), ("layer1.0.conv1.weight", "a ResNet"))
+        kind = file.arch or next((name for key, name in kinds if key in state), "unknown")
+        example = (f"missing {missing[0]}" if missing else f"too many: {deeper[0]}" if deeper else
+                   f"{wrong[0]} is {tuple(state[wrong[0]].shape)}, "
+                   f"not {tuple(own[wrong[0]].shape)}")
+        raise InputError(f"{file.path}: weights of another architecture: "
+                         f"{len(missing)} of {len(own)} backbone weights missing, "
+                         f"{len(wrong)} of another shape, "
+                         f"{len(deeper)} of blocks that this one lacks ({example}); "
+                         f"the file's backbone: {kind}. "
+                         f"Choose --arch to match; nothing was loaded")
+    bad = [k for k, v in state.items() if v.is_complex() or v.is_meta or not v.isfinite().all()]
+    if bad:
+        raise InputError(f"{file.path}: {len(bad)} weights are not finite real numbers, first "
+                         f"{bad[0]}; the training that wrote them had diverged; nothing was loaded")
+    backbone.load_state_dict(state, strict=False)
+    dropped = [*file.head, *file.dropped]
+    return (f"{file.path}: {file.kind}; {len(own)}/{len(own)} backbone weights loaded, resized: "
+            f"{resized}, dropped: {len(dropped)}"
+            f"{' (' + ', '.join(dropped[:3]) + ')' if dropped else ''}")
+
+
+def load_model(path: str | Path) -> tuple[nn.Module, dict]:
+    """A model to evaluate, and how to use it: {"arch", "size", "mean", "std", "neck_feat"}.
+
+    A fine-tuned model (ours, TransReID's, PersonViT's) comes with its BNNeck; a pre-trained
+    backbone gives its plain feature. Raises InputError as `load_weights` does.
+    """
+    file = read_file(path)
+    if not file.arch:
+        raise InputError(f"{path}: its backbone is none of {', '.join(ARCHS)}; nothing was loaded")
+    if "fine-tuned model of this project" in file.kind and not {"size", "mean"} <= set(file.recipe):
+        raise InputError(f"{path}: damaged, its recipe is missing")
+    mean, std = file.statistics
+    recipe = {"arch": file.arch, "size": file.size or (256, 128), "neck_feat": "none"}
+    recipe |= {"mean": list(mean), "std": list(std)} | file.recipe
+    try:
+        model = build_backbone(file.arch, tuple(recipe["size"]),
+                               last_stride=recipe.get("last_stride", 1), stride=file.stride)
+        print(fill(file, model))
+        if file.head:
+            if recipe["neck_feat"] == "none":
+                recipe["neck_feat"] = "before"                               # [PersonViT code]
+            model = ReIDModel(model, len(file.head["classifier.weight"]), recipe["neck_feat"])
+            state = {f"base.{k}": v for k, v in model.base.state_dict().items()} | file.head
+            model.load_state_dict(state)
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, AssertionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: damaged, its weights and recipe do not fit ({error})") from None
+    return model.eval(), recipe
+
+
+def inspect(path: str | Path) -> str:
+    """What a weights file is, in lines of text; for files like DINO's the arguments it carries."""
+    file = read_file(path)
+    count = sum(v.numel() for v in file.state.values())
+    arch = file.arch or "none of " + ", ".join(ARCHS)
+    lines = [f"{path}: {file.kind}",
+             f"  backbone  {arch}, {len(file.state)} tensors, {count:,} numbers"]
+    if file.grid:
+        sure = "as the file says" if "size" in file.recipe else "inferred from their number"
+        lines.append("  positions {}x{} patches at stride {}, image {}x{} ({})".format(
+            *file.grid, file.stride, *file.size, sure))
+    if file.head:
+        shapes = ", ".join(f"{k} {tuple(v.shape)}" for k, v in file.head.items())
+        lines.append(f"  head      {shapes}")
+    lines.append(f"  normalise mean {file.statistics[0]}, std {file.statistics[1]}")
+    if file.epoch is not None:
+        lines.append(f"  epoch     {file.epoch}")
+    lines.append(f"  not used  {len(file.dropped)} tensors"
+                 f"{': ' + ', '.join(file.dropped[:6]) if file.dropped else ''}")
+    for title, values in (("recipe", file.recipe), ("args", file.args)):
+        lines += [f"  {title}.{key} = {value}" for key, value in sorted(values.items())]
+    return "\n".join(lines)
