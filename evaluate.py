@@ -1,21 +1,11 @@
-"""From a model to mAP: features, ranking, CMC and average precision, re-ranking, the rank list.
+"""From a model to what it is worth: features, CMC and mAP, pictures, and use on your own photos.
 
-Protocol of Market-1501, as PersonViT's published numbers use it. For each query q:
-
-    rank the gallery by distance to q            nearest first
-    drop images of q's person by q's camera      finding the next video frame again proves nothing
-    CMC@k = share of queries with a hit among the first k          (rank-1 is CMC@1)
-    AP    = mean precision at the hits; mAP = its mean             (which precision: see `cmc_map`)
-
-Queries without any right answer left do not count; every result says how many did ("valid a/b").
-Where code in use is kind to a model, this is not: ties count against the query, so that a collapsed
-network (all features equal) scores at chance and not at 100 %; NaN is an error; and a copy of the
-query's file in the gallery is no answer. Read `count_before`, then `cmc_map`; the rest is reading
-and writing.
+The protocol is ranking.py's, weights files are weights.py's. Read `extract`, then `evaluate`.
 """
 
 import argparse
 import hashlib
+import json
 import os
 import re
 import signal
@@ -25,13 +15,20 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
-from scipy import sparse
+from PIL import Image
+from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
 
+import pictures
 from augment import normalize
-from data import NAMES, InputError, Record, command_line, load_dataset, read_image
+from data import (NAMES, InputError, Record, command_line, list_images, load_dataset, read_image,
+                  write_atomic)
+from personvit import VisionTransformer
+from ranking import TIE, RankResult, as_ids, cmc_map, rank_features, rerank
 from weights import ReIDModel, inspect, load_model, load_weights
+
+__all__ = ["ReIDModel", "cmc_map", "evaluate", "extract", "load_model", "load_weights",
+           "rank_features", "rerank"]
 
 # ---------------------------------------------------------------------------------------------
 # Features
@@ -105,292 +102,8 @@ def colour_histograms(records: list[Record], size=(128, 64), bins: int = 8) -> T
 
 
 # ---------------------------------------------------------------------------------------------
-# Ranking: CMC and mAP
+# Evaluation
 # ---------------------------------------------------------------------------------------------
-
-
-@dataclass
-class RankResult:
-    """cmc (max_rank,): cmc[k-1] = CMC@k. mAP in [0, 1] by the convention `ap`; mAPs holds both.
-
-    valid of total queries had a right answer in the gallery. AP (total,) by query, NaN if invalid.
-    """
-
-    cmc: np.ndarray
-    mAP: float
-    valid: int
-    total: int
-    ap: str
-    mAPs: dict[str, float]
-    AP: np.ndarray
-
-    def __str__(self) -> str:
-        rank = "  ".join(f"rank-{k} {self.cmc[k - 1]:.2%}"
-                         for k in (1, 5, 10) if k <= len(self.cmc))
-        other = "market" if self.ap == "step" else "step"
-        return (f"mAP {self.mAP:.2%} ({self.ap}; {other} {self.mAPs[other]:.2%})  {rank}  "
-                f"valid queries {self.valid}/{self.total}")
-
-
-class Gallery:
-    """Ids, cameras and image numbers of a gallery, sorted by id: an id's images are one slice."""
-
-    def __init__(self, pids, camids, images=None):
-        self.order = torch.argsort(as_ids(pids), stable=True)
-        self.pids = as_ids(pids)[self.order]
-        self.camids = as_ids(camids)[self.order]
-        self.images = None if images is None else as_ids(images)[self.order]
-
-    def split(self, q_pids: Tensor, q_camids: Tensor, q_images: Tensor | None):
-        """For B queries: columns (B, W) of the images with the query's id, and two masks (B, W):
-        `match`, the right answers, and `same`, all images of that id (the others are junk)."""
-        low = torch.searchsorted(self.pids, q_pids)
-        high = torch.searchsorted(self.pids, q_pids, right=True)
-        width = max(int((high - low).max()), 1)
-        place = low[:, None] + torch.arange(width)                           # (B, W)
-        same = place < high[:, None]
-        place = place.clamp(max=len(self.pids) - 1)
-        junk = self.camids[place] == q_camids[:, None]
-        if self.images is not None and q_images is not None:                 # a copy of the query
-            junk |= self.images[place] == q_images[:, None]
-        return self.order[place], same & ~junk, same
-
-
-def as_ids(values) -> Tensor:
-    return torch.as_tensor(np.asarray(values)).long().flatten()
-
-
-def count_before(dist: Tensor, columns: Tensor, match: Tensor, same: Tensor, tie: float) -> Tensor:
-    """0-based rank of every right answer, nearest first: (B, W), meaningless past a row's matches.
-
-    dist (B, G), overwritten; columns, match, same as from `Gallery.split`. Nothing is sorted but
-    the few right answers: the j-th of them has rank j + the number of other people's images that
-    are at most as far away. "At most": an image at the same distance counts as before it, else the
-    order of the gallery would decide, and a network that maps everything to one point would win.
-    """
-    B, W = columns.shape
-    row = torch.arange(B, device=dist.device)[:, None].expand(B, W)
-    hits = torch.where(match, dist.gather(1, columns), torch.inf)
-    hits = hits.sort(1).values                                   # (B, W), padded with inf
-    dist[row[same], columns[same]] = torch.inf                   # own id: never before its own
-    # bin[g] = number of hits nearer than g: g stands before all hits but those
-    bins = torch.searchsorted(hits + tie, dist)                  # (B, G)
-    bins += torch.arange(B, device=dist.device)[:, None] * (W + 1)
-    counts = torch.bincount(bins.flatten(), minlength=B * (W + 1)).view(B, W + 1)
-    return counts.cumsum(1)[:, :W] + torch.arange(W, device=dist.device)
-
-
-@dataclass
-class Labels:
-    """Ids, cameras and, if at hand, image numbers of one side of a ranking: (N,) each."""
-
-    pids: object
-    camids: object
-    images: object = None
-
-    def check(self, n: int, side: str) -> None:
-        sizes = {"ids": self.pids, "cameras": self.camids, "image numbers": self.images}
-        sizes = {name: len(values) for name, values in sizes.items() if values is not None}
-        if n < 1 or set(sizes.values()) != {n}:
-            raise InputError(f"the {side} has {n} images and " +
-                             ", ".join(f"{size} {name}" for name, size in sizes.items()))
-
-
-def accumulate(chunks, query: Labels, gallery: Labels, max_rank: int, ap: str,
-               tie: float) -> RankResult:
-    """CMC and mAP from an iterator of distance blocks (B, G) that covers the queries in order."""
-    if ap not in ("step", "market") or max_rank < 1:
-        raise InputError(f"ap is 'step' or 'market', max_rank at least 1; not {ap!r}, {max_rank}")
-    lookup = Gallery(gallery.pids, gallery.camids, gallery.images)
-    q_pids, q_camids = as_ids(query.pids), as_ids(query.camids)
-    q_images = None if query.images is None else as_ids(query.images)
-    total, start, cmc = len(q_pids), 0, torch.zeros(max_rank, dtype=torch.float64)
-    APs = {name: torch.full((total,), torch.nan, dtype=torch.float64)
-           for name in ("step", "market")}
-    for dist in chunks:
-        part = slice(start, start + len(dist))
-        start += len(dist)
-        if not dist.isfinite().all():
-            raise InputError("distances hold NaN or infinity: a ranking of them means nothing")
-        split = lookup.split(q_pids[part], q_camids[part],
-                             None if q_images is None else q_images[part])
-        columns, match, same = (t.to(dist.device) for t in split)
-        rank = count_before(dist, columns, match, same, tie).cpu()           # (B, W)
-        R = match.sum(1).cpu()                                               # (B,) right answers
-        j = torch.arange(rank.shape[1])
-        hit = j < R[:, None]                                                 # (B, W)
-        p, j = rank.double(), j.double()
-        new = (j + 1) / (p + 1)                                              # precision at the hit
-        old = torch.where(p > 0, j / p.clamp(min=1), 1.0)                    # ... and just before
-        for name, precision in (("step", new), ("market", (old + new) / 2)):
-            APs[name][part] = (precision * hit).sum(1) / R                   # 0/0 = NaN: invalid
-        first = rank[R > 0, 0]
-        cmc += torch.bincount(first[first < max_rank], minlength=max_rank)
-    valid = int((~APs["step"].isnan()).sum())
-    if not valid:
-        raise InputError(explain_no_valid(q_pids, lookup))
-    mAPs = {name: float(values.nanmean()) for name, values in APs.items()}
-    return RankResult((cmc.cumsum(0) / valid).numpy(), mAPs[ap], valid, total, ap, mAPs,
-                      APs[ap].numpy())
-
-
-def explain_no_valid(q_pids: Tensor, gallery: Gallery) -> str:
-    absent = int((~torch.isin(q_pids, gallery.pids)).sum())
-    return (f"no query has a right answer in the gallery: of {len(q_pids)} queries, "
-            f"{absent} have an id that is not in the gallery, {len(q_pids) - absent} have it only "
-            f"by the query's own camera (or as the same image). If the camera ids mean nothing, "
-            f"--cams none excludes only the query image itself; if ids differ, "
-            f"are query and gallery of one set?")
-
-
-def cmc_map(distmat, q_pids, g_pids, q_camids, g_camids, max_rank: int = 50, ap: str = "step",
-            *, q_images=None, g_images=None) -> RankResult:
-    """CMC and mAP of a distance matrix (Q, G), smaller = more alike; ids and cameras (Q,) and (G,).
-
-    ap="step": AP = mean of precision@rank over the right answers (PersonViT, TransReID, fast-reid,
-    torchreid). ap="market": the trapezoid of Market-1501's MATLAB code, mean of the precision
-    before and at each right answer; never higher. Images of the query's id by the query's camera
-    are left out, as are, when image numbers are given, images of its id with its number;
-    distractors (id 0) stay; ties count against the query. Raises InputError (a ValueError) for
-    distances that are not finite, sizes that do not agree and when no query has a right answer.
-
-    >>> hits_at = [1, 1, 0, 1, 0, 0, 1]                      # one query, a gallery already in order
-    >>> result = cmc_map([[1, 2, 3, 4, 5, 6, 7]], [1], hits_at, [0], [1] * 7)
-    >>> round(result.mAPs["step"], 4), round(result.mAPs["market"], 4)
-    (0.8304, 0.811)
-    """
-    dist = torch.as_tensor(
-        np.ascontiguousarray(distmat) if not isinstance(distmat, Tensor) else distmat)
-    dist = dist if dist.is_floating_point() else dist.double()
-    if dist.ndim != 2:
-        raise InputError(f"distances are a matrix (queries, gallery), "
-                         f"not of shape {tuple(dist.shape)}")
-    query, gallery = Labels(q_pids, q_camids, q_images), Labels(g_pids, g_camids, g_images)
-    query.check(len(dist), "query")
-    gallery.check(dist.shape[1], "gallery")
-    chunks = (block.clone() for block in dist.split(256))
-    return accumulate(chunks, query, gallery, max_rank, ap, tie=0.0)
-
-
-TIE = 1e-6  # closer similarities of unit vectors are equal: float32 rounds a dot product so
-
-
-def rank_features(q_feats, q_pids, q_camids, g_feats, g_pids, g_camids, max_rank: int = 50,
-                  ap: str = "step", rerank: bool = False, *, q_images=None, g_images=None,
-                  chunk: int = 256) -> RankResult:
-    """CMC and mAP of unit features (Q, D) and (G, D), without the (Q, G) matrix in memory.
-
-    rerank: by k-reciprocal neighbours, k1 = 20, k2 = 6, lambda = 0.3 (see `rerank`). Cosine
-    similarity ranks as the Euclidean distance of unit vectors does; similarities closer than TIE
-    are ties. Raises InputError as `cmc_map` does, and for features that are not of length 1.
-    """
-    q_feats, g_feats = (torch.as_tensor(f).float() for f in (q_feats, g_feats))
-    query, gallery = Labels(q_pids, q_camids, q_images), Labels(g_pids, g_camids, g_images)
-    for feats, labels, side in ((q_feats, query, "query"), (g_feats, gallery, "gallery")):
-        if feats.ndim != 2 or feats.shape[1] != q_feats.shape[-1]:
-            raise InputError(f"{side} features of shape {tuple(feats.shape)} "
-                             f"beside query features of shape {tuple(q_feats.shape)}")
-        labels.check(len(feats), side)
-        if not feats.isfinite().all():
-            raise InputError(f"{side} features hold NaN or infinity: "
-                             f"a ranking of them means nothing")
-        if (feats.norm(dim=1) - 1).abs().max() > 1e-3:
-            raise InputError(f"{side} features are not of length 1; L2-normalise them first")
-    chunks = (reranked_chunks(q_feats, g_feats, 20, 6, 0.3) if rerank else
-              ((-q) @ g_feats.T for q in q_feats.split(chunk)))
-    return accumulate(chunks, query, gallery, max_rank, ap, tie=TIE)
-
-
-# ---------------------------------------------------------------------------------------------
-# Re-ranking by k-reciprocal neighbours
-# ---------------------------------------------------------------------------------------------
-
-
-def nearest(x: Tensor, k: int, chunk: int = 256) -> tuple[np.ndarray, np.ndarray]:
-    """For unit vectors (N, D): indices of the k nearest of all N, nearest first, (N, k), and the
-    squared Euclidean distance of the farthest, (N,)."""
-    indices, farthest = [], []
-    for rows in x.split(chunk):
-        similarity = rows @ x.T                                              # (chunk, N)
-        indices.append(similarity.topk(k, dim=1).indices.cpu())
-        farthest.append(2 - 2 * similarity.amin(1).cpu())
-    return torch.cat(indices).numpy(), torch.cat(farthest).clamp(min=1e-12).numpy()
-
-
-def reciprocal(indices: np.ndarray, k: int) -> sparse.csr_matrix:
-    """(N, N) booleans: i and j are among each other's first k, of indices (N, >= k)."""
-    N = len(indices)
-    indices = indices[:, :k]
-    first = sparse.csr_matrix((np.ones(indices.size, np.float32), indices.ravel(),
-                               np.arange(N + 1) * indices.shape[1]), (N, N))
-    return first.multiply(first.T).tocsr()
-
-
-def encode_neighbours(x: Tensor, indices: np.ndarray, farthest: np.ndarray, k1: int,
-                      k2: int) -> sparse.csr_matrix:
-    """V, (N, N) sparse: each image as weights, summing to 1, of images that it knows and that know
-    it. Distances D_ij are divided by the farthest of row i."""
-    R, half = reciprocal(indices, k1 + 1), reciprocal(indices, round(k1 / 2) + 1)
-    size, known = half.sum(1).A1, []
-    for start in range(0, len(indices), 4096):
-        rows = R[start:start + 4096]
-        # a neighbour whose own nearer neighbours are, by two thirds, mine too, brings them along
-        common = (rows @ half.T).multiply(rows).tocoo()
-        trusted = common.data * 3 > 2 * size[common.col]
-        trusted = sparse.csr_matrix((common.data[trusted], (common.row[trusted],
-                                                            common.col[trusted])), rows.shape)
-        known.append(rows + trusted @ half)
-    V = sparse.vstack(known, format="csr")
-    rows = np.repeat(np.arange(len(indices)), np.diff(V.indptr))
-    for start in range(0, V.nnz, 1 << 17):  # the distances of these few pairs alone
-        part = slice(start, start + (1 << 17))
-        i = torch.from_numpy(rows[part]).to(x.device)
-        j = torch.from_numpy(V.indices[part]).long().to(x.device)
-        distance = (2 - 2 * (x[i] * x[j]).sum(1)).cpu().numpy()
-        V.data[part] = np.exp(-distance / farthest[rows[part]])
-    V.data /= np.repeat(V.sum(1).A1, np.diff(V.indptr))
-    if k2 > 1:  # the mean over an image and its nearest: local query expansion
-        mean = sparse.csr_matrix((np.full(len(indices) * k2, 1 / k2, np.float32),
-                                  indices[:, :k2].ravel(), np.arange(len(indices) + 1) * k2),
-                                 V.shape)
-        V = (mean @ V).tocsr()
-    return V
-
-
-def reranked_chunks(q: Tensor, g: Tensor, k1: int, k2: int, lam: float, chunk: int = 128):
-    """Blocks (chunk, G) of the re-ranked distances; see `rerank`."""
-    x, (Q, G) = torch.cat([q, g]), (len(q), len(g))
-    k1 = min(k1, len(x) - 1)
-    k2 = min(k2, k1 + 1)
-    indices, farthest = nearest(x, k1 + 1)
-    V = encode_neighbours(x, indices, farthest, k1, k2)
-    V, inverted = V[:Q], V[Q:].tocsc()  # column t: the gallery images that know t
-    for start in range(0, Q, chunk):
-        block = V[start:start + chunk].tocoo()
-        # sum_t min(V_it, V_jt): each weight of i meets those of all gallery images j that know t
-        counts = np.diff(inverted.indptr)[block.col]
-        shift = np.cumsum(counts) - counts
-        place = np.arange(counts.sum()) + np.repeat(inverted.indptr[block.col] - shift, counts)
-        pair = np.repeat(block.row.astype(np.int64) * G, counts) + inverted.indices[place]
-        least = np.minimum(np.repeat(block.data, counts), inverted.data[place])
-        m = np.bincount(pair, least, block.shape[0] * G).reshape(-1, G)
-        m = torch.from_numpy(m).float().to(x.device)
-        rows = x[start:start + len(m)]
-        original = (2 - 2 * rows @ g.T) / torch.from_numpy(
-            farthest[start:start + len(m)]).to(x.device)[:, None]
-        yield (1 - lam) * (1 - m / (2 - m)) + lam * original
-
-
-def rerank(q: Tensor, g: Tensor, k1: int = 20, k2: int = 6, lam: float = 0.3) -> Tensor:
-    """Distances (Q, G) of unit features (Q, D), (G, D) after k-reciprocal re-ranking.
-
-    (1 - lam) Jaccard distance of the neighbourhoods + lam squared Euclidean distance over the
-    row's largest. Exact, as in Zhong et al. 2017 and the code in use, but V is sparse. Queries are
-    part of one another's neighbourhoods: results depend on the whole query set, which a deployed
-    system would not have. k1 and k2 shrink to what few images allow.
-    """
-    q, g = (torch.as_tensor(f).float() for f in (q, g))
-    return torch.cat(list(reranked_chunks(q, g, k1, k2, lam)))
 
 
 @dataclass
@@ -426,10 +139,8 @@ def evaluate(model: nn.Module, dataset, recipe: dict, ap: str = "step", use_came
 
 
 # ---------------------------------------------------------------------------------------------
-# The rank list as a picture
+# What the pictures show
 # ---------------------------------------------------------------------------------------------
-
-GREEN, RED, GREY, INK = (30, 150, 60), (205, 45, 45), (120, 120, 120), (30, 30, 30)
 
 
 def filtered_ranking(q: Features, g: Features, i: int) -> tuple[Tensor, Tensor]:
@@ -445,45 +156,194 @@ def filtered_ranking(q: Features, g: Features, i: int) -> tuple[Tensor, Tensor]:
     return order, similarity[order]
 
 
+def thumbnail(record: Record) -> Tensor:
+    return read_image(record.path, (pictures.H, pictures.W), Image.Resampling.BILINEAR)
+
+
 def draw_ranks(file: str | Path, dataset, result: RankResult, q: Features, g: Features,
                rows: int = 8, columns: int = 10) -> None:
-    """Rank-list picture (PNG): a row per query, the query first, then its nearest gallery images.
+    """Rank-list picture (PNG) of a dataset, with camera and cosine similarity beneath each image.
 
-    Green frames are right answers, red ones wrong, with camera and cosine similarity beneath. Rows
-    are spread evenly over all valid queries: a picture of the best ones only would be a lie.
+    Rows are spread evenly over all valid queries: a picture of the best ones only would be a lie.
     """
-    valid = np.flatnonzero(~np.isnan(result.AP))
-    chosen = valid[np.linspace(0, len(valid), min(rows, len(valid)), endpoint=False, dtype=int)]
-    w, h, gap, label, head = 64, 128, 14, 16, 44
-    width, height = gap + (columns + 1) * (w + gap) + gap, head + len(chosen) * (h + label + gap)
-    picture = Image.new("RGB", (width, height), "white")
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
-    draw.text((gap, 6), "query", INK, font)
-    draw.text((3 * gap + w, 6),
-              f"{dataset.name}: nearest {columns} of {len(g.pids):,} gallery images; "
-              "same person by the same camera left out", INK, font)
-    for color, name, x in ((GREEN, "same person", 3 * gap + w), (RED, "another person", 230)):
-        draw.rectangle((x, 27, x + 10, 37), outline=color, width=3)
-        draw.text((x + 16, 24), name, INK, font)
+    def text(record: Record, similarity: float | None = None) -> str:
+        camera = f"c{record.camid + 1} " if dataset.has_cameras else ""
+        return camera + ("" if similarity is None else f"{similarity:.3f}")
 
-    def paste(record: Record, column: int, y: int, color, text: str) -> None:
-        x = gap + column * (w + gap) + (gap if column else 0)
-        pixels = read_image(record.path, (h, w), Image.Resampling.BILINEAR).permute(1, 2, 0)
-        picture.paste(Image.fromarray(pixels.numpy()), (x, y))
-        draw.rectangle((x - 3, y - 3, x + w + 2, y + h + 2), outline=color, width=3)
-        draw.text((x, y + h + 3), text, INK, font)
-
-    def camera(record: Record) -> str:
-        return f"c{record.camid + 1}" if dataset.has_cameras else ""
-
-    for row, i in enumerate(chosen.tolist()):
-        y = head + row * (h + label + gap)
-        paste(dataset.query[i], 0, y, GREY, camera(dataset.query[i]))
+    table = []
+    for i in spread(np.flatnonzero(~np.isnan(result.AP)), rows):
         order, similarity = filtered_ranking(q, g, i)
-        for k, (j, s) in enumerate(zip(order[:columns].tolist(), similarity.tolist())):
-            color = GREEN if g.pids[j] == q.pids[i] else RED
-            paste(dataset.gallery[j], k + 1, y, color, f"{camera(dataset.gallery[j])} {s:.3f}")
-    picture.save(file, format="PNG")
+        nearest = zip(order[:columns].tolist(), similarity.tolist())
+        query = dataset.query[i]
+        table.append(((thumbnail(query), text(query)),
+                      [(thumbnail(dataset.gallery[j]), text(dataset.gallery[j], s),
+                        g.pids[j] == q.pids[i]) for j, s in nearest]))
+    pictures.draw_ranks(file, f"{dataset.name}: nearest {columns} of {len(g.pids):,} gallery "
+                              f"images; same person by the same camera left out", table)
+
+
+def spread(values, n: int) -> list[int]:
+    """n of the values at even distances, all if there are fewer."""
+    return [int(values[i]) for i in np.linspace(0, len(values), min(n, len(values)),
+                                                endpoint=False, dtype=int)]
+
+
+def vit_of(model: nn.Module) -> VisionTransformer:
+    backbone = getattr(model, "base", model)
+    if not isinstance(backbone, VisionTransformer):
+        raise InputError("attention and clusters are pictures of a ViT's patches; these weights "
+                         "are of a ResNet")
+    return backbone
+
+
+@torch.inference_mode()
+def cls_attention(vit: VisionTransformer, x: Tensor) -> Tensor:
+    """How much [CLS] attends to each patch in the last block, by head [PersonViT Fig. 5].
+
+    (B, 3, H, W) -> (B, heads, rows, columns); what is missing to a sum of 1 goes to [CLS] itself.
+    """
+    last, seen = vit.blocks[-1].attn, []
+    handle = last.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    vit.forward_features(x)
+    handle.remove()
+    B, N, D = seen[0].shape
+    q, k, _ = last.qkv(seen[0]).reshape(B, N, 3, last.num_heads, -1).permute(2, 0, 3, 1, 4)
+    weights = (q[:, :, :1] @ k.mT / q.shape[-1] ** 0.5).softmax(-1)          # (B, heads, 1, N)
+    return weights[:, :, 0, 1:].unflatten(-1, vit.grid_of(*x.shape[2:]))
+
+
+@torch.inference_mode()
+def patch_clusters(vit: VisionTransformer, x: Tensor, count: int = 8,
+                   seed: int = 0) -> tuple[Tensor, Tensor]:
+    """k-means over the patch tokens of all images at once [PersonViT Fig. 4]: cluster of each patch
+    (B, rows, columns), and its cosine similarity to the cluster's centre, of the same shape."""
+    tokens = F.normalize(vit.forward_features(x)[:, 1:].float(), dim=-1)     # (B, N, D)
+    points = tokens.flatten(0, 1).cpu().numpy().astype(np.float64)
+    centres, found = kmeans2(points, count, minit="++", seed=seed)
+    centres = centres / np.linalg.norm(centres, axis=1, keepdims=True).clip(1e-12)
+    typical = (points * centres[found]).sum(1)
+    shape = (len(x), *vit.grid_of(*x.shape[2:]))
+    return torch.from_numpy(found).view(shape), torch.from_numpy(typical).view(shape)
+
+
+def people_of(dataset, n: int) -> list[Record]:
+    """Query images of n different people."""
+    one_each = list({record.pid: record for record in reversed(dataset.query)}.values())[::-1]
+    return [one_each[i] for i in spread(range(len(one_each)), n)]
+
+
+def draw_attention(file: str | Path, dataset, model: nn.Module, recipe: dict, n: int = 6) -> None:
+    """Where each head of the last block looks, for n people of a dataset."""
+    images, x = read_batch(people_of(dataset, n), recipe)
+    pictures.draw_attention(file, f"{dataset.name}: attention of [CLS] to the patches, last block",
+                            images, cls_attention(vit_of(model), x))
+
+
+def draw_clusters(file: str | Path, dataset, model: nn.Module, recipe: dict, n: int = 20) -> None:
+    """Which patches of n people are alike to the network."""
+    images, x = read_batch(people_of(dataset, n), recipe)
+    vit = vit_of(model)
+    clusters, typical = patch_clusters(vit, x)
+    examples, shares = [], []
+    for c in range(int(clusters.max()) + 1):
+        best = torch.where(clusters == c, typical, -torch.inf).flatten().topk(12)
+        places = [np.unravel_index(int(i), clusters.shape)
+                  for i, value in zip(best.indices, best.values) if value > -torch.inf]
+        examples.append([images[i, :, r * vit.stride:r * vit.stride + vit.patch_size,
+                                k * vit.stride:k * vit.stride + vit.patch_size]
+                         for i, r, k in places])
+        shares.append(float((clusters == c).float().mean()))
+    pictures.draw_clusters(file, f"{dataset.name}: patch tokens in {len(shares)} clusters", images,
+                           clusters, examples, shares)
+
+
+def read_batch(records: list[Record], recipe: dict) -> tuple[Tensor, Tensor]:
+    """Images of a few records, as they are and as the network takes them: uint8, float32."""
+    size = tuple(recipe["size"])
+    images = torch.stack([read_image(r.path, size, Image.Resampling.BILINEAR) for r in records])
+    return images, normalize(images, recipe["mean"], recipe["std"])
+
+
+def draw_curves(file: str | Path, folders: list[str]) -> None:
+    """Losses over training, and CMC where a run was evaluated, of one or several run folders."""
+    losses, cmc = {}, {}
+    for folder in folders:
+        try:
+            text = Path(folder, "log.jsonl").read_text()
+            lines = [json.loads(line) for line in text.splitlines()]
+            points = [(line["step"], line["total"]) for line in lines if "total" in line]
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"{folder}: is no run folder with a readable log.jsonl "
+                             f"({error})") from None
+        if points:
+            losses[folder] = tuple(zip(*points))
+        results = Path(folder, "results.json")
+        if results.exists() and "cmc" in (numbers := json.loads(results.read_text())):
+            cmc[folder] = (range(1, len(numbers["cmc"]) + 1), numbers["cmc"])
+    panels = [("means between log lines", "step", "loss", losses),
+              ("share of queries with a hit so far", "rank", "CMC", cmc)]
+    panels = [panel for panel in panels if panel[-1]]
+    if not panels:
+        raise InputError(f"{', '.join(folders)}: nothing logged yet, nothing to draw")
+    pictures.draw_curves(file, panels)
+
+
+# ---------------------------------------------------------------------------------------------
+# Your own photos
+# ---------------------------------------------------------------------------------------------
+
+
+def photos(folder: str, skip_bad: bool) -> list[Record]:
+    """All images below a folder, in the order of their names. Unreadable ones are listed; unless
+    skip_bad they raise InputError."""
+    paths, good, bad = list_images(Path(folder), recursive=True), [], []
+    for path in paths:
+        try:
+            read_image(path, (8, 8), Image.Resampling.NEAREST)
+            good.append(Record(path, -1, 0))
+        except InputError as error:
+            bad.append(str(error))
+    if bad and not skip_bad:
+        raise InputError(f"{len(bad)} of {len(paths)} images below {folder} cannot be read; "
+                         f"--skip-bad leaves them out: {'; '.join(bad[:5])}")
+    for error in bad:
+        print(f"left out: {error}")
+    if not good:
+        raise InputError(f"{folder}: holds no readable image")
+    return good
+
+
+def similarity_ranges(q: Features, g: Features, most: int = 500) -> dict[str, list[float]]:
+    """5 %, 50 % and 95 % quantiles of the cosine similarity of pairs by different cameras, of the
+    same person and of others; from at most `most` queries."""
+    chosen = spread(range(len(q.pids)), most)
+    similarity = q.feats[chosen] @ g.feats.T
+    same = as_ids(q.pids)[chosen, None] == as_ids(g.pids)
+    pairs = as_ids(q.camids)[chosen, None] != as_ids(g.camids)
+    ranges = {}
+    for name, mask in (("same", same & pairs), ("other", ~same & pairs)):
+        if mask.any():
+            values = np.quantile(similarity[mask], [0.05, 0.5, 0.95])
+            ranges[name] = [round(float(v), 3) for v in values]
+    return ranges
+
+
+def explain_similarity(weights: str) -> str:
+    """What similarities of this model mean, if its run was evaluated."""
+    results = Path(weights).parent / "results.json"
+    note = "a threshold needs calibration on pairs of your own cameras"
+    try:
+        ranges = json.loads(results.read_text())["similarity"]
+        return (f"{note}; on its evaluation set 90 % of pairs of the same person lay in "
+                f"{ranges['same'][0]} .. {ranges['same'][2]}, of different people in "
+                f"{ranges['other'][0]} .. {ranges['other'][2]}")
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{note}; no evaluation of this model is known (no {results})"
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------
 
 
 def device_name(text: str) -> str:
@@ -497,46 +357,131 @@ def device_name(text: str) -> str:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="CMC and mAP of a fine-tuned model on a ReID dataset.",
+        description="CMC and mAP of a model on a ReID dataset; pictures; your own photos.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--dataset", required=True, metavar="NAME",
-                        help=f"{', '.join(NAMES)} or any folder")
-    parser.add_argument("--data-root", default="data", help="folder that holds the datasets")
-    parser.add_argument("--weights", required=True, help="model.pth of a run of train.py")
-    parser.add_argument("--ap", choices=("step", "market"), default="step", help="rule of mAP")
-    parser.add_argument("--cams", choices=("file", "none"), default="file",
-                        help="cameras from the file names, or none: exclude only the image itself")
-    parser.add_argument("--ranks", metavar="PNG", help="draw the rank list into this new file")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing picture")
-    parser.add_argument("--batch-size", type=int, default=128, help="images per forward pass")
-    parser.add_argument("--workers", type=int, default=2, help="processes that decode images")
-    parser.add_argument("--device", type=device_name, help="cpu or cuda",
-                        default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--bf16", action="store_true", help="bfloat16 network, float32 ranking")
+    what = parser.add_argument_group("what to do, one of").add_mutually_exclusive_group(
+        required=True)
+    what.add_argument("--dataset", metavar="NAME", help=f"evaluate: {', '.join(NAMES)} or a folder")
+    what.add_argument("--extract", metavar="DIR", help="features of all images below a folder")
+    what.add_argument("--compare", nargs=2, metavar="IMAGE", help="similarity of two photos")
+    what.add_argument("--query", metavar="IMAGE", help="find a photo's person in --gallery DIR")
+    what.add_argument("--inspect", metavar="FILE", help="say what a weights file holds")
+    what.add_argument("--curves", metavar="PNG", help="draw loss and CMC curves of --runs DIR ...")
+    add = parser.add_argument
+    add("--weights", metavar="FILE", help="model.pth of train.py, or any format of the README")
+    add("--data-root", default="data", help="folder that holds the datasets")
+    add("--ap", choices=("step", "market"), default="step", help="rule of mAP")
+    add("--cams", choices=("file", "none"), default="file",
+        help="cameras from the file names, or none: exclude only the image itself")
+    add("--rerank", action="store_true", help="print the result of k-reciprocal re-ranking too")
+    add("--ranks", metavar="PNG", help="draw the rank list")
+    add("--attention", metavar="PNG", help="draw where a ViT's heads look")
+    add("--clusters", metavar="PNG", help="draw which patches are alike to a ViT")
+    add("--gallery", metavar="DIR", help="with --query: where to search")
+    add("--runs", nargs="+", metavar="DIR", help="with --curves: run folders")
+    add("-o", "--out", metavar="NPZ", help="with --extract: the file for paths and features")
+    add("--skip-bad", action="store_true", help="leave unreadable photos out, listing them")
+    add("--overwrite", action="store_true", help="replace existing pictures and files")
+    add("--batch-size", type=int, default=128, help="images per forward pass")
+    add("--workers", type=int, default=2, help="processes that decode images")
+    add("--device", type=device_name, help="cpu or cuda",
+        default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--bf16", action="store_true", help="bfloat16 network, float32 ranking")
     return parser
 
 
-def main() -> None:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser()
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.batch_size < 1 or args.workers < 0:
         parser.error("--batch-size is at least 1, --workers at least 0")
-    if args.ranks and not args.ranks.endswith(".png"):
-        parser.error(f"--ranks {args.ranks}: the picture is a PNG, name it so")
-    if args.ranks and os.path.exists(args.ranks) and not args.overwrite:
-        raise InputError(f"{args.ranks} exists; --overwrite replaces it")
+    if not args.weights and not args.inspect and not args.curves:
+        parser.error("--weights FILE is needed")
+    for first, second in (("extract", "out"), ("query", "gallery"), ("curves", "runs")):
+        if bool(getattr(args, first)) != bool(getattr(args, second)):
+            parser.error(f"--{first} and --{second} go together")
+    for flag, suffix in (("ranks", ".png"), ("attention", ".png"), ("clusters", ".png"),
+                         ("curves", ".png"), ("out", ".npz")):
+        name = getattr(args, flag)
+        if name and not name.endswith(suffix):
+            parser.error(f"--{flag} {name}: the file is a {suffix[1:].upper()}, name it so")
+        if name and os.path.exists(name) and not args.overwrite:
+            parser.error(f"{name} exists; --overwrite replaces it")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    if args.inspect:
+        print(inspect(args.inspect))
+        return
+    if args.curves:
+        draw_curves(args.curves, args.runs)
+        print(f"curves in {args.curves}")
+        return
     model, recipe = load_model(args.weights)
-    dataset = load_dataset(args.dataset, args.data_root)
-    print(f"{args.weights}: {recipe['arch']} at {recipe['size'][0]}x{recipe['size'][1]}, "
+    print(f"{recipe['arch']} at {recipe['size'][0]}x{recipe['size'][1]}, "
           f"feature {recipe['neck_feat']} the neck, L2-normalised, "
-          f"mean {recipe['mean']}, std {recipe['std']}")
-    result, q, g = evaluate(model.to(args.device), dataset, recipe, args.ap, args.cams == "file",
-                            batch_size=args.batch_size, workers=args.workers, device=args.device,
-                            bf16=args.bf16)
+          f"mean {tuple(recipe['mean'])}, std {tuple(recipe['std'])}")
+    if recipe["neck_feat"] == "none":
+        print("WARNING: a pre-trained backbone, not fine-tuned for ReID: its plain features count")
+    model.to(args.device)
+    run = {"batch_size": args.batch_size, "workers": args.workers, "device": args.device,
+           "bf16": args.bf16}
+    if args.dataset:
+        evaluate_dataset(args, model, recipe, run)
+    else:
+        use_photos(args, model, recipe, run)
+
+
+def evaluate_dataset(args: argparse.Namespace, model: nn.Module, recipe: dict, run: dict) -> None:
+    """--dataset: numbers and pictures."""
+    if args.attention or args.clusters:
+        vit_of(model)  # raises before minutes are spent
+    dataset = load_dataset(args.dataset, args.data_root)
+    result, q, g = evaluate(model, dataset, recipe, args.ap, args.cams == "file", **run)
     print(result)
+    if args.rerank:
+        again = rank_features(q.feats, q.pids, q.camids, g.feats, g.pids, g.camids, ap=args.ap,
+                              rerank=True, q_images=q.images, g_images=g.images)
+        print(f"re-ranked (k1=20, k2=6, lambda=0.3): {again}")
+    model.cpu()
+    for file, draw in ((args.ranks, lambda f: draw_ranks(f, dataset, result, q, g)),
+                       (args.attention, lambda f: draw_attention(f, dataset, model, recipe)),
+                       (args.clusters, lambda f: draw_clusters(f, dataset, model, recipe))):
+        if file:
+            draw(file)
+            print(f"picture in {file}")
+
+
+def use_photos(args: argparse.Namespace, model: nn.Module, recipe: dict, run: dict) -> None:
+    """--extract, --compare, --query."""
+    def features(records: list[Record]) -> Tensor:
+        size = tuple(recipe["size"])
+        return extract(model, records, size, recipe["mean"], recipe["std"], **run)[0]
+
+    if args.compare:
+        a, b = features([Record(path, -1, 0) for path in args.compare])
+        print(f"cosine similarity {float(a @ b):.4f}; {explain_similarity(args.weights)}")
+        return
+    records = photos(args.extract or args.gallery, args.skip_bad)
+    feats = features(records)
+    if args.extract:
+        paths = np.array([r.path for r in records])
+        write_atomic(Path(args.out), lambda f: np.savez(f, paths=paths, features=feats.numpy()))
+        print(f"{len(records)} images, features {tuple(feats.shape)} in {args.out}")
+        return
+    query = Record(args.query, -1, 0)
+    similarity = feats @ features([query])[0]
+    best = torch.argsort(similarity, descending=True, stable=True)[:10].tolist()
+    for place, i in enumerate(best, 1):
+        print(f"{place:3d}  {similarity[i]:.4f}  {records[i].path}")
+    print(explain_similarity(args.weights))
     if args.ranks:
-        draw_ranks(args.ranks, dataset, result, q, g)
-        print(f"rank list in {args.ranks}")
+        row = [(thumbnail(records[i]), f"{similarity[i]:.3f}", None) for i in best]
+        pictures.draw_ranks(args.ranks, f"nearest of {len(records):,} images in {args.gallery}",
+                            [((thumbnail(query), ""), row)])
+        print(f"picture in {args.ranks}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from augment import IMAGENET_MEAN, IMAGENET_STD, FineTuneTransform
 from data import NAMES, Images, InputError, PKSampler, command_line, load_dataset
-from evaluate import colour_histograms, device_name, draw_ranks, evaluate, rank_features
+from evaluate import (colour_histograms, device_name, draw_ranks, evaluate, rank_features,
+                      similarity_ranges)
 from pretrain import LAPTOP_ARCHS, RECIPES, pretrain, pretrain_recipe_for
 from runs import (Machine, Run, check_finite, check_recipe, cosine, first_then_others, loop,
                   open_run, option, processes)
@@ -225,6 +226,7 @@ def fine_tune_and_evaluate(recipe: Recipe, dataset, out, overwrite: bool = False
                             bf16=recipe.bf16)
     numbers = {"mAP": result.mAP, "mAP_market": result.mAPs["market"],
                **{f"rank{k}": float(result.cmc[k - 1]) for k in (1, 5, 10)},
+               "cmc": result.cmc.tolist(), "similarity": similarity_ranges(q, g),
                "valid": result.valid, "queries": result.total,
                "minutes": round(run.seconds / 60, 1)}
     run.write("results.json", json.dumps(numbers, indent=1).encode())

@@ -13,8 +13,10 @@ from PIL import Image
 
 import evaluate
 from data import InputError, Record, load_dataset
-from evaluate import GREEN, Gallery, ReIDModel, cmc_map, draw_ranks, filtered_ranking, rank_features
+from evaluate import ReIDModel, cmc_map, draw_ranks, filtered_ranking, rank_features
 from personvit import VisionTransformer
+from pictures import GREEN, GREY
+from ranking import Gallery
 
 # ---- ranking ---------------------------------------------------------------------------------
 
@@ -303,8 +305,8 @@ def test_first_column_is_green_for_exactly_the_hits(tmp_path):
     result, q, g = evaluate.evaluate(MeanColour(), dataset, RECIPE, workers=0)
     draw_ranks(tmp_path / "ranks.png", dataset, result, q, g, rows=12, columns=3)
     picture = Image.open(tmp_path / "ranks.png")
-    tops = [y for y in range(picture.height) if picture.getpixel((12, y)) == evaluate.GREY
-            and picture.getpixel((12, y - 1)) != evaluate.GREY]
+    tops = [y for y in range(picture.height) if picture.getpixel((12, y)) == GREY
+            and picture.getpixel((12, y - 1)) != GREY]
     assert len(tops) == 12
     frames = [picture.getpixel((14 * 2 + 64 + 14 - 2, y + 60)) for y in tops]
     firsts = [bool(g.pids[filtered_ranking(q, g, i)[0][0]] == q.pids[i]) for i in range(12)]

@@ -34,13 +34,14 @@ def test_command_parses(command):
     if words[1] == "-m":
         assert words[2] == "pytest"
         return
-    parse = {"train.py": train.parse_args, "evaluate.py": evaluate.make_parser().parse_args,
+    parse = {"train.py": train.parse_args, "evaluate.py": evaluate.parse_args,
              "data.py": data.make_parser().parse_args}[words[1]]
     parse(words[2:])  # exits, and so fails, on an unknown flag
 
 
 EDGES = {"upreid": set(), "personvit": set(), "synthetic": set(), "augment": set(), "data": {"synthetic"},
-         "weights": {"upreid", "personvit", "data", "augment"}, "evaluate": {"weights", "data", "augment"},
+         "weights": {"upreid", "personvit", "data", "augment"}, "pictures": {"data"}, "ranking": {"data"},
+         "evaluate": {"weights", "ranking", "pictures", "data", "augment", "personvit"},
          "runs": {"data", "augment", "evaluate", "weights"},
          "pretrain": {"data", "augment", "evaluate", "weights", "personvit", "upreid", "runs"},
          "train": {"data", "augment", "evaluate", "weights", "pretrain", "runs"}}

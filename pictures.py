@@ -1,0 +1,179 @@
+"""Pictures (PNG, by Pillow alone): rank lists, attention, clusters of patches, curves of runs.
+
+Each function takes what it draws as plain values and decides nothing: which image ranks where,
+which patch is in which cluster is computed in evaluate.py. Read `draw_ranks`.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from data import write_atomic
+
+GREEN, RED, GREY, INK = (30, 150, 60), (205, 45, 45), (120, 120, 120), (30, 30, 30)
+# ten colours that the colour-blind can tell apart on a photograph (Okabe and Ito's, and two more)
+PALETTE = [(230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178),
+           (213, 94, 0), (204, 121, 167), (120, 120, 120), (150, 80, 200), (140, 200, 60)]
+W, H, GAP, LABEL, HEAD = 64, 128, 14, 16, 44  # pixels of a person, between people, of text
+
+
+class Sheet:
+    """A white page on which people stand in rows and columns, with a text beneath each."""
+
+    def __init__(self, columns: int, rows: int, head: int = HEAD, cell: tuple[int, int] = (W, H)):
+        (self.w, self.h), self.head = cell, head
+        width = GAP + columns * (self.w + GAP) + GAP
+        self.image = Image.new("RGB", (width, head + rows * (self.h + LABEL + GAP)), "white")
+        self.draw, self.font = ImageDraw.Draw(self.image), ImageFont.load_default(12)
+
+    def text(self, x: int, y: int, text: str, color=INK) -> None:
+        self.draw.text((x, y), text, color, self.font)
+
+    def place(self, column: int, row: int) -> tuple[int, int]:
+        """Left upper corner of a cell; the first column stands apart."""
+        return (GAP + column * (self.w + GAP) + (GAP if column else 0),
+                self.head + row * (self.h + LABEL + GAP))
+
+    def paste(self, pixels: Tensor, column: int, row: int, text: str = "", color=None) -> None:
+        """uint8 (3, h, w) into a cell, framed in color."""
+        x, y = self.place(column, row)
+        picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+        self.image.paste(picture.resize((self.w, self.h), Image.Resampling.NEAREST), (x, y))
+        if color:
+            self.draw.rectangle((x - 3, y - 3, x + self.w + 2, y + self.h + 2), outline=color,
+                                width=3)
+        self.text(x, y + self.h + 3, text)
+
+    def save(self, file: str | Path) -> None:
+        write_atomic(Path(file), lambda handle: self.image.save(handle, format="PNG"))
+
+
+def draw_ranks(file: str | Path, title: str, rows: list) -> None:
+    """A row per query: the query, then its nearest gallery images, framed green if right, red if
+    wrong, grey if unknown. rows: [(pixels, text), [(pixels, text, right or None), ...]] of each."""
+    sheet = Sheet(1 + max(len(answers) for _, answers in rows), len(rows))
+    sheet.text(GAP, 6, "query")
+    sheet.text(3 * GAP + W, 6, title)
+    known = any(right is not None for _, answers in rows for _, _, right in answers)
+    for color, name, x in ((GREEN, "same person", 3 * GAP + W), (RED, "another person", 230)):
+        if known:
+            sheet.draw.rectangle((x, 27, x + 10, 37), outline=color, width=3)
+            sheet.text(x + 16, 24, name)
+    for row, ((pixels, text), answers) in enumerate(rows):
+        sheet.paste(pixels, 0, row, text, GREY)
+        for column, (pixels, text, right) in enumerate(answers):
+            color = GREY if right is None else GREEN if right else RED
+            sheet.paste(pixels, column + 1, row, text, color)
+    sheet.save(file)
+
+
+def draw_attention(file: str | Path, title: str, images: Tensor, attention: Tensor) -> None:
+    """People in rows: the image, then where each head looks, bright = much. images uint8
+    (n, 3, h, w), attention (n, heads, rows, columns), each map scaled by its own largest value."""
+    n, heads = attention.shape[:2]
+    sheet = Sheet(1 + heads, n)
+    sheet.text(GAP, 6, title)
+    sheet.text(GAP, 24, "image")
+    for head in range(heads):
+        sheet.text(sheet.place(head + 1, 0)[0], 24, f"head {head + 1}")
+    for i in range(n):
+        sheet.paste(images[i], 0, i)
+        for head in range(heads):
+            weight = attention[i, head] / attention[i, head].max().clamp(min=1e-12)
+            weight = upscale(weight, images.shape[2:])
+            seen = images[i].float() * (0.25 + 0.75 * weight)
+            glow = np.array([255, 200, 0])[:, None, None] * (weight * 0.45).numpy()
+            pixels = (seen * (1 - 0.45 * weight)).numpy() + glow
+            sheet.paste(images.new_tensor(pixels.clip(0, 255)), head + 1, i)
+    sheet.save(file)
+
+
+def draw_clusters(file: str | Path, title: str, images: Tensor, clusters: Tensor,
+                  examples: list[list[Tensor]], shares: list[float]) -> None:
+    """Above: people and, beneath each, their patches coloured by cluster. Below: a row per cluster,
+    its colour, its share of all patches, and its most typical patches.
+
+    images uint8 (n, 3, h, w), clusters (n, rows, columns) of 0 .. C - 1, examples[c] uint8 patches.
+    """
+    n, C = len(images), len(examples)
+    per_row, size = min(n, 10), 40
+    blocks = math.ceil(n / per_row)
+    sheet = Sheet(per_row, 2 * blocks)
+    below = sheet.image.height
+    page = Image.new("RGB", (max(sheet.image.width, 760), below + 24 + C * (size + 8)), "white")
+    sheet.text(GAP, 6, title)
+    sheet.text(GAP, 24, "people, and the same people with each patch in the colour of its cluster")
+    colors = images.new_tensor(PALETTE)
+    for i in range(n):
+        column, row = i % per_row, i // per_row * 2
+        sheet.paste(images[i], column, row)
+        paint = colors[upscale(clusters[i].float(), images.shape[2:]).long()].permute(2, 0, 1)
+        sheet.paste((images[i].float() * 0.35 + paint.float() * 0.65).to(images.dtype), column,
+                    row + 1)
+    page.paste(sheet.image, (0, 0))
+    draw = ImageDraw.Draw(page)
+    draw.text((GAP, below), "clusters: share of all patches, most typical patches", INK, sheet.font)
+    for c in range(C):
+        y = below + 24 + c * (size + 8)
+        draw.rectangle((GAP, y, GAP + size, y + size), fill=PALETTE[c])
+        draw.text((GAP + size + 8, y + 12), f"{shares[c]:.0%}", INK, sheet.font)
+        for k, patch in enumerate(examples[c]):
+            picture = Image.fromarray(patch.permute(1, 2, 0).contiguous().numpy())
+            page.paste(picture.resize((size, size)), (GAP + size + 56 + k * (size + 6), y))
+    write_atomic(Path(file), lambda handle: page.save(handle, format="PNG"))
+
+
+def upscale(grid: Tensor, size: tuple[int, int]) -> Tensor:
+    """(rows, columns) -> (H, W): every pixel takes its patch's value."""
+    rows, columns = (np.arange(n) * m // n for n, m in zip(size, grid.shape))
+    return grid[rows][:, columns]
+
+
+def draw_curves(file: str | Path, panels: list[tuple[str, str, str, dict]]) -> None:
+    """Line charts side by side. panels: (title, x label, y label, {name: (x values, y values)})."""
+    w, h, left, bottom, top = 440, 300, 58, 44, 30
+    names = list(dict.fromkeys(name for *_, lines in panels for name in lines))
+    page = Image.new("RGB", (w * len(panels), h + 18 * len(names) + 12), "white")
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(12)
+    for number, (title, x_label, y_label, lines) in enumerate(panels):
+        x0, x1, y0, y1 = w * number + left, w * (number + 1) - 16, h - bottom, top
+        xs, ys = (np.concatenate([np.asarray(line[k], float) for line in lines.values()])
+                  for k in (0, 1))
+        x_ticks, y_ticks = ticks(xs.min(), xs.max()), ticks(ys.min(), ys.max())
+
+        def place(x, y):
+            return (x0 + (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * (x1 - x0),
+                    y0 - (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (y0 - y1))
+
+        for x in x_ticks:
+            at = place(x, y_ticks[0])
+            draw.line((at[0], y0, at[0], y0 + 4), GREY)
+            draw.text((at[0], y0 + 6), f"{x:g}", INK, font, anchor="ma")
+        for y in y_ticks:
+            at = place(x_ticks[0], y)
+            draw.line((x0 - 4, at[1], x1, at[1]), (225, 225, 225))
+            draw.text((x0 - 7, at[1]), f"{y:g}", INK, font, anchor="rm")
+        draw.line((x0, y1, x0, y0, x1, y0), GREY)
+        draw.text((w * number + 8, 8), f"{y_label}: {title}", INK, font)
+        draw.text((x1, y0 + 22), x_label, INK, font, anchor="ra")
+        for name, (xs, ys) in lines.items():
+            color = PALETTE[names.index(name) % len(PALETTE)]
+            points = [place(x, y) for x, y in zip(xs, ys)]
+            draw.line([c for point in points for c in point], color, 2, joint="curve")
+    for i, name in enumerate(names):
+        y = h + 4 + 18 * i
+        draw.rectangle((left, y + 3, left + 14, y + 11), fill=PALETTE[i % len(PALETTE)])
+        draw.text((left + 22, y), name, INK, font)
+    write_atomic(Path(file), lambda handle: page.save(handle, format="PNG"))
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """About five round numbers that enclose low .. high."""
+    span = max(high - low, 1e-9 * max(abs(high), 1))
+    step = 10 ** math.floor(math.log10(span / 4))
+    step *= next(k for k in (1, 2, 5, 10) if span / (k * step) <= 5)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [round(i * step, 12) for i in range(first, max(last, first + 1) + 1)]

@@ -1,0 +1,311 @@
+"""CMC and mAP of features or distances, and re-ranking: functions of arrays alone.
+
+Protocol of Market-1501, as PersonViT's published numbers use it. For each query q:
+
+    rank the gallery by distance to q            nearest first
+    drop images of q's person by q's camera      finding the next video frame again proves nothing
+    CMC@k = share of queries with a hit among the first k          (rank-1 is CMC@1)
+    AP    = mean precision at the hits; mAP = its mean             (which precision: see `cmc_map`)
+
+Queries without any right answer left do not count; every result says how many did ("valid a/b").
+Where code in use is kind to a model, this is not: ties count against the query, so that a collapsed
+network (all features equal) scores at chance and not at 100 %; NaN is an error; and a copy of the
+query's file in the gallery is no answer. Read `count_before`, then `cmc_map`.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import sparse
+from torch import Tensor
+
+from data import InputError
+
+# ---------------------------------------------------------------------------------------------
+# Ranking: CMC and mAP
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class RankResult:
+    """cmc (max_rank,): cmc[k-1] = CMC@k. mAP in [0, 1] by the convention `ap`; mAPs holds both.
+
+    valid of total queries had a right answer in the gallery. AP (total,) by query, NaN if invalid.
+    """
+
+    cmc: np.ndarray
+    mAP: float
+    valid: int
+    total: int
+    ap: str
+    mAPs: dict[str, float]
+    AP: np.ndarray
+
+    def __str__(self) -> str:
+        rank = "  ".join(f"rank-{k} {self.cmc[k - 1]:.2%}"
+                         for k in (1, 5, 10) if k <= len(self.cmc))
+        other = "market" if self.ap == "step" else "step"
+        return (f"mAP {self.mAP:.2%} ({self.ap}; {other} {self.mAPs[other]:.2%})  {rank}  "
+                f"valid queries {self.valid}/{self.total}")
+
+
+class Gallery:
+    """Ids, cameras and image numbers of a gallery, sorted by id: an id's images are one slice."""
+
+    def __init__(self, pids, camids, images=None):
+        self.order = torch.argsort(as_ids(pids), stable=True)
+        self.pids = as_ids(pids)[self.order]
+        self.camids = as_ids(camids)[self.order]
+        self.images = None if images is None else as_ids(images)[self.order]
+
+    def split(self, q_pids: Tensor, q_camids: Tensor, q_images: Tensor | None):
+        """For B queries: columns (B, W) of the images with the query's id, and two masks (B, W):
+        `match`, the right answers, and `same`, all images of that id (the others are junk)."""
+        low = torch.searchsorted(self.pids, q_pids)
+        high = torch.searchsorted(self.pids, q_pids, right=True)
+        width = max(int((high - low).max()), 1)
+        place = low[:, None] + torch.arange(width)                           # (B, W)
+        same = place < high[:, None]
+        place = place.clamp(max=len(self.pids) - 1)
+        junk = self.camids[place] == q_camids[:, None]
+        if self.images is not None and q_images is not None:                 # a copy of the query
+            junk |= self.images[place] == q_images[:, None]
+        return self.order[place], same & ~junk, same
+
+
+def as_ids(values) -> Tensor:
+    return torch.as_tensor(np.asarray(values)).long().flatten()
+
+
+def count_before(dist: Tensor, columns: Tensor, match: Tensor, same: Tensor, tie: float) -> Tensor:
+    """0-based rank of every right answer, nearest first: (B, W), meaningless past a row's matches.
+
+    dist (B, G), overwritten; columns, match, same as from `Gallery.split`. Nothing is sorted but
+    the few right answers: the j-th of them has rank j + the number of other people's images that
+    are at most as far away. "At most": an image at the same distance counts as before it, else the
+    order of the gallery would decide, and a network that maps everything to one point would win.
+    """
+    B, W = columns.shape
+    row = torch.arange(B, device=dist.device)[:, None].expand(B, W)
+    hits = torch.where(match, dist.gather(1, columns), torch.inf)
+    hits = hits.sort(1).values                                   # (B, W), padded with inf
+    dist[row[same], columns[same]] = torch.inf                   # own id: never before its own
+    # bin[g] = number of hits nearer than g: g stands before all hits but those
+    bins = torch.searchsorted(hits + tie, dist)                  # (B, G)
+    bins += torch.arange(B, device=dist.device)[:, None] * (W + 1)
+    counts = torch.bincount(bins.flatten(), minlength=B * (W + 1)).view(B, W + 1)
+    return counts.cumsum(1)[:, :W] + torch.arange(W, device=dist.device)
+
+
+@dataclass
+class Labels:
+    """Ids, cameras and, if at hand, image numbers of one side of a ranking: (N,) each."""
+
+    pids: object
+    camids: object
+    images: object = None
+
+    def check(self, n: int, side: str) -> None:
+        sizes = {"ids": self.pids, "cameras": self.camids, "image numbers": self.images}
+        sizes = {name: len(values) for name, values in sizes.items() if values is not None}
+        if n < 1 or set(sizes.values()) != {n}:
+            raise InputError(f"the {side} has {n} images and " +
+                             ", ".join(f"{size} {name}" for name, size in sizes.items()))
+
+
+def accumulate(chunks, query: Labels, gallery: Labels, max_rank: int, ap: str,
+               tie: float) -> RankResult:
+    """CMC and mAP from an iterator of distance blocks (B, G) that covers the queries in order."""
+    if ap not in ("step", "market") or max_rank < 1:
+        raise InputError(f"ap is 'step' or 'market', max_rank at least 1; not {ap!r}, {max_rank}")
+    lookup = Gallery(gallery.pids, gallery.camids, gallery.images)
+    q_pids, q_camids = as_ids(query.pids), as_ids(query.camids)
+    q_images = None if query.images is None else as_ids(query.images)
+    total, start, cmc = len(q_pids), 0, torch.zeros(max_rank, dtype=torch.float64)
+    APs = {name: torch.full((total,), torch.nan, dtype=torch.float64)
+           for name in ("step", "market")}
+    for dist in chunks:
+        part = slice(start, start + len(dist))
+        start += len(dist)
+        if not dist.isfinite().all():
+            raise InputError("distances hold NaN or infinity: a ranking of them means nothing")
+        split = lookup.split(q_pids[part], q_camids[part],
+                             None if q_images is None else q_images[part])
+        columns, match, same = (t.to(dist.device) for t in split)
+        rank = count_before(dist, columns, match, same, tie).cpu()           # (B, W)
+        R = match.sum(1).cpu()                                               # (B,) right answers
+        j = torch.arange(rank.shape[1])
+        hit = j < R[:, None]                                                 # (B, W)
+        p, j = rank.double(), j.double()
+        new = (j + 1) / (p + 1)                                              # precision at the hit
+        old = torch.where(p > 0, j / p.clamp(min=1), 1.0)                    # ... and just before
+        for name, precision in (("step", new), ("market", (old + new) / 2)):
+            APs[name][part] = (precision * hit).sum(1) / R                   # 0/0 = NaN: invalid
+        first = rank[R > 0, 0]
+        cmc += torch.bincount(first[first < max_rank], minlength=max_rank)
+    valid = int((~APs["step"].isnan()).sum())
+    if not valid:
+        raise InputError(explain_no_valid(q_pids, lookup))
+    mAPs = {name: float(values.nanmean()) for name, values in APs.items()}
+    return RankResult((cmc.cumsum(0) / valid).numpy(), mAPs[ap], valid, total, ap, mAPs,
+                      APs[ap].numpy())
+
+
+def explain_no_valid(q_pids: Tensor, gallery: Gallery) -> str:
+    absent = int((~torch.isin(q_pids, gallery.pids)).sum())
+    return (f"no query has a right answer in the gallery: of {len(q_pids)} queries, "
+            f"{absent} have an id that is not in the gallery, {len(q_pids) - absent} have it only "
+            f"by the query's own camera (or as the same image). If the camera ids mean nothing, "
+            f"--cams none excludes only the query image itself; if ids differ, "
+            f"are query and gallery of one set?")
+
+
+def cmc_map(distmat, q_pids, g_pids, q_camids, g_camids, max_rank: int = 50, ap: str = "step",
+            *, q_images=None, g_images=None) -> RankResult:
+    """CMC and mAP of a distance matrix (Q, G), smaller = more alike; ids and cameras (Q,) and (G,).
+
+    ap="step": AP = mean of precision@rank over the right answers (PersonViT, TransReID, fast-reid,
+    torchreid). ap="market": the trapezoid of Market-1501's MATLAB code, mean of the precision
+    before and at each right answer; never higher. Images of the query's id by the query's camera
+    are left out, as are, when image numbers are given, images of its id with its number;
+    distractors (id 0) stay; ties count against the query. Raises InputError (a ValueError) for
+    distances that are not finite, sizes that do not agree and when no query has a right answer.
+
+    >>> hits_at = [1, 1, 0, 1, 0, 0, 1]                      # one query, a gallery already in order
+    >>> result = cmc_map([[1, 2, 3, 4, 5, 6, 7]], [1], hits_at, [0], [1] * 7)
+    >>> round(result.mAPs["step"], 4), round(result.mAPs["market"], 4)
+    (0.8304, 0.811)
+    """
+    dist = torch.as_tensor(
+        np.ascontiguousarray(distmat) if not isinstance(distmat, Tensor) else distmat)
+    dist = dist if dist.is_floating_point() else dist.double()
+    if dist.ndim != 2:
+        raise InputError(f"distances are a matrix (queries, gallery), "
+                         f"not of shape {tuple(dist.shape)}")
+    query, gallery = Labels(q_pids, q_camids, q_images), Labels(g_pids, g_camids, g_images)
+    query.check(len(dist), "query")
+    gallery.check(dist.shape[1], "gallery")
+    chunks = (block.clone() for block in dist.split(256))
+    return accumulate(chunks, query, gallery, max_rank, ap, tie=0.0)
+
+
+TIE = 1e-6  # closer similarities of unit vectors are equal: float32 rounds a dot product so
+
+
+def rank_features(q_feats, q_pids, q_camids, g_feats, g_pids, g_camids, max_rank: int = 50,
+                  ap: str = "step", rerank: bool = False, *, q_images=None, g_images=None,
+                  chunk: int = 256) -> RankResult:
+    """CMC and mAP of unit features (Q, D) and (G, D), without the (Q, G) matrix in memory.
+
+    rerank: by k-reciprocal neighbours, k1 = 20, k2 = 6, lambda = 0.3 (see `rerank`). Cosine
+    similarity ranks as the Euclidean distance of unit vectors does; similarities closer than TIE
+    are ties. Raises InputError as `cmc_map` does, and for features that are not of length 1.
+    """
+    q_feats, g_feats = (torch.as_tensor(f).float() for f in (q_feats, g_feats))
+    query, gallery = Labels(q_pids, q_camids, q_images), Labels(g_pids, g_camids, g_images)
+    for feats, labels, side in ((q_feats, query, "query"), (g_feats, gallery, "gallery")):
+        if feats.ndim != 2 or feats.shape[1] != q_feats.shape[-1]:
+            raise InputError(f"{side} features of shape {tuple(feats.shape)} "
+                             f"beside query features of shape {tuple(q_feats.shape)}")
+        labels.check(len(feats), side)
+        if not feats.isfinite().all():
+            raise InputError(f"{side} features hold NaN or infinity: "
+                             f"a ranking of them means nothing")
+        if (feats.norm(dim=1) - 1).abs().max() > 1e-3:
+            raise InputError(f"{side} features are not of length 1; L2-normalise them first")
+    chunks = (reranked_chunks(q_feats, g_feats, 20, 6, 0.3) if rerank else
+              ((-q) @ g_feats.T for q in q_feats.split(chunk)))
+    return accumulate(chunks, query, gallery, max_rank, ap, tie=TIE)
+
+
+# ---------------------------------------------------------------------------------------------
+# Re-ranking by k-reciprocal neighbours
+# ---------------------------------------------------------------------------------------------
+
+
+def nearest(x: Tensor, k: int, chunk: int = 256) -> tuple[np.ndarray, np.ndarray]:
+    """For unit vectors (N, D): indices of the k nearest of all N, nearest first, (N, k), and the
+    squared Euclidean distance of the farthest, (N,)."""
+    indices, farthest = [], []
+    for rows in x.split(chunk):
+        similarity = rows @ x.T                                              # (chunk, N)
+        indices.append(similarity.topk(k, dim=1).indices.cpu())
+        farthest.append(2 - 2 * similarity.amin(1).cpu())
+    return torch.cat(indices).numpy(), torch.cat(farthest).clamp(min=1e-12).numpy()
+
+
+def reciprocal(indices: np.ndarray, k: int) -> sparse.csr_matrix:
+    """(N, N) booleans: i and j are among each other's first k, of indices (N, >= k)."""
+    N = len(indices)
+    indices = indices[:, :k]
+    first = sparse.csr_matrix((np.ones(indices.size, np.float32), indices.ravel(),
+                               np.arange(N + 1) * indices.shape[1]), (N, N))
+    return first.multiply(first.T).tocsr()
+
+
+def encode_neighbours(x: Tensor, indices: np.ndarray, farthest: np.ndarray, k1: int,
+                      k2: int) -> sparse.csr_matrix:
+    """V, (N, N) sparse: each image as weights, summing to 1, of images that it knows and that know
+    it. Distances D_ij are divided by the farthest of row i."""
+    R, half = reciprocal(indices, k1 + 1), reciprocal(indices, round(k1 / 2) + 1)
+    size, known = half.sum(1).A1, []
+    for start in range(0, len(indices), 4096):
+        rows = R[start:start + 4096]
+        # a neighbour whose own nearer neighbours are, by two thirds, mine too, brings them along
+        common = (rows @ half.T).multiply(rows).tocoo()
+        trusted = common.data * 3 > 2 * size[common.col]
+        trusted = sparse.csr_matrix((common.data[trusted], (common.row[trusted],
+                                                            common.col[trusted])), rows.shape)
+        known.append(rows + trusted @ half)
+    V = sparse.vstack(known, format="csr")
+    rows = np.repeat(np.arange(len(indices)), np.diff(V.indptr))
+    for start in range(0, V.nnz, 1 << 17):  # the distances of these few pairs alone
+        part = slice(start, start + (1 << 17))
+        i = torch.from_numpy(rows[part]).to(x.device)
+        j = torch.from_numpy(V.indices[part]).long().to(x.device)
+        distance = (2 - 2 * (x[i] * x[j]).sum(1)).cpu().numpy()
+        V.data[part] = np.exp(-distance / farthest[rows[part]])
+    V.data /= np.repeat(V.sum(1).A1, np.diff(V.indptr))
+    if k2 > 1:  # the mean over an image and its nearest: local query expansion
+        mean = sparse.csr_matrix((np.full(len(indices) * k2, 1 / k2, np.float32),
+                                  indices[:, :k2].ravel(), np.arange(len(indices) + 1) * k2),
+                                 V.shape)
+        V = (mean @ V).tocsr()
+    return V
+
+
+def reranked_chunks(q: Tensor, g: Tensor, k1: int, k2: int, lam: float, chunk: int = 128):
+    """Blocks (chunk, G) of the re-ranked distances; see `rerank`."""
+    x, (Q, G) = torch.cat([q, g]), (len(q), len(g))
+    k1 = min(k1, len(x) - 1)
+    k2 = min(k2, k1 + 1)
+    indices, farthest = nearest(x, k1 + 1)
+    V = encode_neighbours(x, indices, farthest, k1, k2)
+    V, inverted = V[:Q], V[Q:].tocsc()  # column t: the gallery images that know t
+    for start in range(0, Q, chunk):
+        block = V[start:start + chunk].tocoo()
+        # sum_t min(V_it, V_jt): each weight of i meets those of all gallery images j that know t
+        counts = np.diff(inverted.indptr)[block.col]
+        shift = np.cumsum(counts) - counts
+        place = np.arange(counts.sum()) + np.repeat(inverted.indptr[block.col] - shift, counts)
+        pair = np.repeat(block.row.astype(np.int64) * G, counts) + inverted.indices[place]
+        least = np.minimum(np.repeat(block.data, counts), inverted.data[place])
+        m = np.bincount(pair, least, block.shape[0] * G).reshape(-1, G)
+        m = torch.from_numpy(m).float().to(x.device)
+        rows = x[start:start + len(m)]
+        original = (2 - 2 * rows @ g.T) / torch.from_numpy(
+            farthest[start:start + len(m)]).to(x.device)[:, None]
+        yield (1 - lam) * (1 - m / (2 - m)) + lam * original
+
+
+def rerank(q: Tensor, g: Tensor, k1: int = 20, k2: int = 6, lam: float = 0.3) -> Tensor:
+    """Distances (Q, G) of unit features (Q, D), (G, D) after k-reciprocal re-ranking.
+
+    (1 - lam) Jaccard distance of the neighbourhoods + lam squared Euclidean distance over the
+    row's largest. Exact, as in Zhong et al. 2017 and the code in use, but V is sparse. Queries are
+    part of one another's neighbourhoods: results depend on the whole query set, which a deployed
+    system would not have. k1 and k2 shrink to what few images allow.
+    """
+    q, g = (torch.as_tensor(f).float() for f in (q, g))
+    return torch.cat(list(reranked_chunks(q, g, k1, k2, lam)))

@@ -1,0 +1,198 @@
+"""Pictures, photos and the command line of evaluate.py."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import write_image
+from PIL import Image
+
+import evaluate
+import pictures
+from data import InputError, Record
+from personvit import VisionTransformer
+from weights import ReIDModel, build_backbone
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A small fine-tuned ViT with a file of results beside it."""
+    torch.manual_seed(0)
+    model = ReIDModel(build_backbone("vit_mini", (64, 32)), 5, "after")
+    recipe = {"arch": "vit_mini", "size": (64, 32), "mean": [0.5] * 3, "std": [0.5] * 3, "neck_feat": "after",
+              "last_stride": 1}
+    folder = tmp_path / "run"
+    folder.mkdir()
+    torch.save({"format": "reid-model", "recipe": recipe, "num_ids": 5, "model": model.state_dict()}, folder / "model.pth")
+    (folder / "results.json").write_text(json.dumps({"similarity": {"same": [0.5, 0.7, 0.9], "other": [-0.1, 0.1, 0.4]},
+                                                     "cmc": [0.5, 0.75, 0.875]}))
+    return folder / "model.pth"
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    for i in range(12):
+        write_image(folder / "deep" / f"p{i:02d}.png", i, (40, 20))
+    pixels = np.random.default_rng(9).integers(0, 256, (30, 18), dtype=np.uint8)
+    for mode in ("L", "1", "P", "RGBA", "LA", "CMYK", "I;16"):     # whatever a phone or a scanner writes
+        image = Image.fromarray(pixels.astype(np.uint16) * 256) if mode == "I;16" else Image.fromarray(pixels).convert(mode)
+        image.save(folder / f"mode_{mode.replace(';', '')}.{'jpg' if mode == 'CMYK' else 'png'}")
+    return folder
+
+
+def run(*args):
+    evaluate.main([str(a) for a in (*args, *([] if "--curves" in args or "--inspect" in args else
+                                             ["--workers", 0, "--device", "cpu"]))])
+
+
+def test_extract_is_deterministic_and_takes_any_mode(weights, photos, tmp_path, capsys):
+    for name in ("a", "b"):
+        run("--extract", photos, "-o", tmp_path / f"{name}.npz", "--weights", weights)
+    a, b = (np.load(tmp_path / f"{name}.npz") for name in ("a", "b"))
+    assert len(set(a["paths"])) == 19 and list(a["paths"]) == list(b["paths"])
+    assert np.array_equal(a["features"], b["features"])
+    np.testing.assert_allclose(np.linalg.norm(a["features"], axis=1), 1, rtol=1e-5)
+    assert "19 images, features (19, 128)" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run("--extract", photos, "-o", tmp_path / "a.npz", "--weights", weights)   # nothing is overwritten
+    assert "a.npz exists; --overwrite replaces it" in capsys.readouterr().err
+
+
+def test_broken_photos_are_listed_and_left_out_on_request_only(weights, photos, tmp_path, capsys):
+    (photos / "broken.jpg").write_bytes(b"no image")
+    (photos / "empty.png").write_bytes(b"")
+    with pytest.raises(InputError, match=r"2 of 21 images below .* cannot be read; --skip-bad leaves them out.*broken.jpg"):
+        run("--extract", photos, "-o", tmp_path / "a.npz", "--weights", weights)
+    assert not (tmp_path / "a.npz").exists()
+    run("--extract", photos, "-o", tmp_path / "a.npz", "--weights", weights, "--skip-bad")
+    out = capsys.readouterr().out
+    assert "left out" in out and "empty.png" in out and len(np.load(tmp_path / "a.npz")["paths"]) == 19
+    with pytest.raises(InputError, match="no such folder"):
+        run("--extract", photos / "absent", "-o", tmp_path / "b.npz", "--weights", weights)
+
+
+def test_compare_says_what_similarities_mean(weights, photos, capsys):
+    a, b = photos / "deep" / "p00.png", photos / "deep" / "p01.png"
+    run("--compare", a, a, "--weights", weights)
+    out = capsys.readouterr().out
+    assert "similarity 1.0000" in out and "0.5 .. 0.9" in out and "-0.1 .. 0.4" in out and "calibration" in out
+    run("--compare", a, b, "--weights", weights)
+    assert float(re.search(r"similarity (-?[\d.]+)", capsys.readouterr().out)[1]) < 1
+    (weights.parent / "results.json").unlink()
+    run("--compare", a, b, "--weights", weights)
+    assert "no evaluation of this model is known" in capsys.readouterr().out
+
+
+def test_query_finds_the_photo_itself_first(weights, photos, tmp_path, capsys):
+    query = photos / "deep" / "p03.png"
+    run("--query", query, "--gallery", photos, "--weights", weights, "--ranks", tmp_path / "q.png")
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("  1  1.0000") and line.endswith("p03.png") for line in lines)
+    assert Image.open(tmp_path / "q.png").width > 800
+
+
+def test_pictures_of_a_dataset(weights, market, tmp_path, capsys):
+    files = [tmp_path / name for name in ("r.png", "a.png", "c.png")]
+    run("--dataset", market, "--weights", weights, "--rerank", "--ranks", files[0], "--attention", files[1],
+        "--clusters", files[2])
+    out = capsys.readouterr().out
+    assert out.count("mAP") == 2 and "re-ranked" in out and out.count("picture in") == 3
+    for file in files:
+        image = np.asarray(Image.open(file).convert("RGB"))
+        assert image.shape[0] > 100 and len(np.unique(image.reshape(-1, 3), axis=0)) > 50
+
+
+def test_attention_and_clusters_need_a_vit(market, tmp_path):
+    torch.save(build_backbone("resnet_tiny").state_dict(), tmp_path / "r.pth")
+    with pytest.raises(InputError, match="weights are of a ResNet"):
+        run("--dataset", market, "--weights", tmp_path / "r.pth", "--attention", tmp_path / "a.png")
+
+
+def test_attention_is_the_softmax_of_the_last_block():
+    torch.manual_seed(0)
+    vit, x = VisionTransformer((64, 32), 16, embed_dim=24, depth=2, num_heads=3).eval(), torch.randn(2, 3, 64, 32)
+    with torch.no_grad():
+        attention = evaluate.cls_attention(vit, x)
+        assert attention.shape == (2, 3, 4, 2)
+        # by hand: the first block, then queries and keys of the second
+        tokens = torch.cat([vit.cls_token.expand(2, -1, -1), vit.patch_embed(x).flatten(2).mT], 1) + vit.pos_embed
+        h = vit.blocks[1].norm1(vit.blocks[0](tokens))
+        qkv = vit.blocks[1].attn.qkv(h).reshape(2, 9, 3, 3, 8)
+        for i in range(2):
+            for head in range(3):
+                scores = qkv[i, 0, 0, head] @ qkv[i, :, 1, head].T / 8 ** 0.5
+                torch.testing.assert_close(attention[i, head].flatten(), scores.softmax(0)[1:])
+
+
+def test_clusters_find_patches_that_are_alike():
+    torch.manual_seed(0)
+    vit = VisionTransformer((64, 32), 16, embed_dim=24, depth=1, num_heads=3).eval()
+    vit.pos_embed.data.zero_()
+    x = torch.zeros(3, 3, 64, 32)
+    x[:, :, 32:] = 1                                             # two kinds of patches, above and below
+    clusters, typical = evaluate.patch_clusters(vit, x, count=2)
+    assert clusters.shape == (3, 4, 2) and len(clusters[:, :2].unique()) == len(clusters[:, 2:].unique()) == 1
+    assert clusters[0, 0, 0] != clusters[0, 3, 0] and (typical > 0.999).all()
+    assert torch.equal(clusters, evaluate.patch_clusters(vit, x, count=2)[0])
+
+
+def test_people_in_pictures_are_different_people():
+    class Set:
+        query = [Record(f"{i}", i // 3, 0) for i in range(30)]
+    assert [r.path for r in evaluate.people_of(Set, 5)] == ["0", "6", "12", "18", "24"]
+    assert len(evaluate.people_of(Set, 99)) == 10
+
+
+def test_curves(weights, tmp_path, capsys):
+    log = [{"step": 10 * i, "total": 5 / (i + 1)} for i in range(9)] + [{"epoch": 3, "monitor": "x", "mAP": 0.1}]
+    (weights.parent / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "log.jsonl").write_text(json.dumps({"step": 5, "total": 3}))
+    run("--curves", tmp_path / "c.png", "--runs", weights.parent, other)
+    assert Image.open(tmp_path / "c.png").size[0] == 880          # losses and CMC
+    with pytest.raises(InputError, match="is no run folder"):
+        run("--curves", tmp_path / "d.png", "--runs", tmp_path)
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (0, 0), (-3.2, 5.7), (0.001, 0.0012), (5, 5), (1e6, 3e6)])
+def test_ticks_enclose_and_are_few(low, high):
+    ticks = pictures.ticks(low, high)
+    assert ticks[0] <= low + 1e-9 and ticks[-1] >= high - 1e-9 and 2 <= len(ticks) <= 8
+    assert np.allclose(np.diff(ticks), ticks[1] - ticks[0])
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--dataset", "x"], "--weights FILE is needed"), (["--query", "a.jpg", "--weights", "w"], "go together"),
+    (["--extract", "d", "--weights", "w"], "go together"), (["--curves", "c.png"], "go together"),
+    (["--dataset", "x", "--weights", "w", "--ranks", "r.jpg"], "the file is a PNG"),
+    (["--dataset", "x", "--extract", "d", "--weights", "w"], "not allowed with"), ([], "required")])
+def test_mistakes_on_the_command_line(args, words, capsys):
+    with pytest.raises(SystemExit):
+        evaluate.parse_args(args)
+    assert words in capsys.readouterr().err
+
+
+def test_similarity_ranges():
+    torch.manual_seed(0)
+    feats = F.normalize(torch.randn(40, 8), dim=1)
+    pids, cams = [i % 4 for i in range(40)], [i % 3 for i in range(40)]
+    side = evaluate.Features(feats, torch.arange(40), pids, cams)
+    ranges = evaluate.similarity_ranges(side, side)
+    values = [float(feats[i] @ feats[j]) for i in range(40) for j in range(40) if pids[i] == pids[j] and cams[i] != cams[j]]
+    assert ranges["same"] == pytest.approx(np.quantile(values, [0.05, 0.5, 0.95]), abs=1e-3)
+    assert set(ranges) == {"same", "other"}
+
+
+@pytest.mark.parametrize("arch", ["vit_mini", "resnet_tiny"])
+def test_model_exports_with_any_batch(arch):
+    torch.manual_seed(0)
+    model = ReIDModel(build_backbone(arch, (64, 32)), 5, "after").eval()
+    program = torch.export.export(model, (torch.randn(3, 3, 64, 32),), dynamic_shapes={"x": {0: torch.export.Dim("batch")}})
+    for B in (1, 5):
+        x = torch.randn(B, 3, 64, 32)
+        torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-4)
