@@ -260,8 +260,8 @@ def encode_neighbours(x: Tensor, indices: np.ndarray, farthest: np.ndarray, k1: 
         known.append(rows + trusted @ half)
     V = sparse.vstack(known, format="csr")
     rows = np.repeat(np.arange(len(indices)), np.diff(V.indptr))
-    for start in range(0, V.nnz, 1 << 17):  # the distances of these few pairs alone
-        part = slice(start, start + (1 << 17))
+    for start in range(0, V.nnz, 1 << 14):  # the distances of these few pairs alone
+        part = slice(start, start + (1 << 14))
         i = torch.from_numpy(rows[part]).to(x.device)
         j = torch.from_numpy(V.indices[part]).long().to(x.device)
         distance = (2 - 2 * (x[i] * x[j]).sum(1)).cpu().numpy()
