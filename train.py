@@ -14,6 +14,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import time
 import typing
 from dataclasses import dataclass
@@ -260,14 +261,10 @@ def study(seeds: list[int], data_root: str, out: Path, overwrite: bool, machine:
         rows.setdefault(f"{plain.arch}, untrained", []).append(untrained)
         for method, title in (("upreid", "UP-ReID"), ("personvit", "PersonViT")):
             before = dataclasses.replace(pretrain_recipe_for(method, "synthetic"), seed=seed)
-            run = open_run(out / f"{method}_{seed}", before, dataset, overwrite, machine)
-            pretrain(before, dataset, run, machine)
             recipe = dataclasses.replace(recipe_for("synthetic", before.arch), seed=seed)
-            for origin, weights in (("random weights", None), (title, run.folder / "backbone.pth")):
+            for origin, pre in (("random weights", None), (title, before)):
                 name = f"{recipe.arch}, from {origin}"
-                folder = out / f"{name.replace(', from ', '_').replace(' ', '_')}_{seed}"
-                done = fine_tune_and_evaluate(recipe, dataset, folder, overwrite,
-                                              weights and str(weights), machine)
+                done = train_row(name, pre, recipe, dataset, out, overwrite, machine)
                 rows.setdefault(name, []).append(done[0])
                 if done[0].mAP == max(r.mAP for results in rows.values() for r in results):
                     best, best_ranking = name, done
@@ -275,6 +272,46 @@ def study(seeds: list[int], data_root: str, out: Path, overwrite: bool, machine:
     print_rows(rows, f"synthetic people, {len(dataset.query)} queries, seeds {seeds}")
     minutes = (time.perf_counter() - start) / 60
     print(f"rank list of {best} in {out / 'ranks.png'}; {minutes:.1f} minutes in all")
+
+
+def train_row(name: str, before, recipe: Recipe, dataset, out: Path, overwrite: bool,
+              machine: Machine):
+    """One row of a table for one seed: pre-train, unless `before` is None, fine-tune, evaluate."""
+    folder = out / re.sub(r"[^\w.-]+", "_", f"{name}_{recipe.seed}")
+    weights = None
+    if before:
+        run = open_run(f"{folder}_pretraining", before, dataset, overwrite, machine)
+        pretrain(before, dataset, run, machine)
+        weights = str(run.folder / "backbone.pth")
+    return fine_tune_and_evaluate(recipe, dataset, folder, overwrite, weights, machine)
+
+
+# What UP-ReID adds, one by one: weights of the consistency and of the contrast among stripes.
+ABLATION = {"U1, instance contrast (MoCo v2)": (0.0, 0.0),
+            "U1 + U2, global consistency": (1.0, 0.0),
+            "U1 + U3, intrinsic contrast": (0.0, 1.0), "U1 + U2 + U3 (UP-ReID)": (1.0, 1.0)}
+
+
+def ablation(seeds: list[int], dataset, given: dict, out: Path, overwrite: bool,
+             machine: Machine) -> None:
+    """UP-ReID's parts on one dataset: the same pre-training and fine-tuning but for the losses.
+
+    given: recipe fields, of which size and epochs apply to both trainings.
+    """
+    start, rows = time.perf_counter(), {}
+    both = {key: given[key] for key in ("size", "epochs") if key in given}
+    for seed in seeds:
+        before = pretrain_recipe_for("upreid", dataset.name, "resnet_tiny")
+        before = dataclasses.replace(before, seed=seed, **both)
+        recipe = dataclasses.replace(recipe_for(dataset.name, before.arch), seed=seed, **both)
+        variants = {"random weights": None} | {
+            name: dataclasses.replace(before, weight_global=g, weight_local=l)
+            for name, (g, l) in ABLATION.items()}
+        for name, pre in variants.items():
+            done = train_row(name, pre, recipe, dataset, out, overwrite, machine)
+            rows.setdefault(name, []).append(done[0])
+        print_rows(rows, f"{dataset.name}, seeds {seeds[:seeds.index(seed) + 1]}")
+    print(f"{(time.perf_counter() - start) / 60:.1f} minutes in all")
 
 
 def print_rows(rows: dict, title: str) -> None:
@@ -338,6 +375,7 @@ def make_parser(recipe_class=Recipe) -> argparse.ArgumentParser:
     add("--compile", action="store_true", help="PersonViT pre-training: use torch.compile")
     add("--demo", action="store_true", help="everything on synthetic people, one seed")
     add("--study", action="store_true", help="the demo's table over three seeds")
+    add("--ablation", action="store_true", help="UP-ReID's losses one by one, over three seeds")
     add("--pretrain", choices=tuple(RECIPES), help="pre-train without labels; ends in backbone.pth")
     add("--keep-every", type=int, default=0, metavar="EPOCHS", help="pre-training: keep backbones")
     add("--monitor", metavar="NAME", help="pre-training: labelled dataset to watch mAP on")
@@ -369,6 +407,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]
     other = given or args.dataset != "synthetic" or args.pretrain or "weights" in args
     if (args.demo or args.study) and other:
         parser.error("--demo and --study have their own recipes; leave them out to choose one")
+    if args.ablation and (args.pretrain or "weights" in args or set(given) - {"size", "epochs"}):
+        parser.error("--ablation has its own recipes, of which --size and --epochs can be changed")
     if args.pretrain and "weights" in args:
         parser.error("--weights is for fine-tuning; pre-training starts from random weights")
     return args, given
@@ -383,6 +423,11 @@ def main(argv: list[str] | None = None) -> None:
         seeds, name = ([0, 1, 2], "study") if args.study else ([0], "demo")
         out = Path(getattr(args, "out", f"runs/{name}"))
         study(seeds, args.data_root, out, args.overwrite, machine)
+        return
+    if args.ablation:
+        dataset = load_dataset(args.dataset, args.data_root, args.train_only)
+        out = Path(getattr(args, "out", f"runs/ablation_{Path(args.dataset).name}"))
+        ablation([0, 1, 2], dataset, given, out, args.overwrite, machine)
         return
     arch = given.pop("arch", None)
     recipe = (pretrain_recipe_for(args.pretrain, args.dataset, arch) if args.pretrain else
