@@ -162,13 +162,12 @@ def thumbnail(record: Record) -> Tensor:
 
 def draw_ranks(file: str | Path, dataset, result: RankResult, q: Features, g: Features,
                rows: int = 8, columns: int = 10) -> None:
-    """Rank-list picture (PNG) of a dataset, with camera and cosine similarity beneath each image.
+    """Rank-list picture (PNG) of a dataset, with camera and cosine distance beneath each image.
 
     Rows are spread evenly over all valid queries: a picture of the best ones only would be a lie.
     """
-    def text(record: Record, similarity: float | None = None) -> str:
-        camera = f"c{record.camid + 1} " if dataset.has_cameras else ""
-        return camera + ("" if similarity is None else f"{similarity:.3f}")
+    def text(record: Record, distance: str = "") -> str:
+        return f"c{record.camid + 1} {distance}" if dataset.has_cameras else distance
 
     table = []
     for i in spread(np.flatnonzero(~np.isnan(result.AP)), rows):
@@ -176,10 +175,10 @@ def draw_ranks(file: str | Path, dataset, result: RankResult, q: Features, g: Fe
         nearest = zip(order[:columns].tolist(), similarity.tolist())
         query = dataset.query[i]
         table.append(((thumbnail(query), text(query)),
-                      [(thumbnail(dataset.gallery[j]), text(dataset.gallery[j], s),
+                      [(thumbnail(dataset.gallery[j]), text(dataset.gallery[j], f"{1 - s:.3f}"),
                         g.pids[j] == q.pids[i]) for j, s in nearest]))
-    pictures.draw_ranks(file, f"{dataset.name}: nearest {columns} of {len(g.pids):,} gallery "
-                              f"images; same person by the same camera left out", table)
+    pictures.draw_ranks(file, f"{dataset.name}: nearest {columns} of {len(g.pids):,} gallery images, "
+                              f"cosine distance; same person by the same camera left out", table)
 
 
 def spread(values, n: int) -> list[int]:

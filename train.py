@@ -78,9 +78,11 @@ class Recipe:
 BAG_OF_TRICKS = dict(optimizer="adam", lr=3.5e-4, bias_lr=1.0, weight_decay=5e-4, schedule="steps",
                      warmup=10, smoothing=0.1, margin=0.3, erase="mean", norm="imagenet",
                      neck_feat="after")
-# Small nets from random weights on a CPU in minutes. [ours]
-LAPTOP = dict(size=(128, 64), epochs=24, optimizer="adamw", lr=1e-3, bias_lr=1.0, weight_decay=0.05,
-              schedule="cosine", warmup=3, smoothing=0.1, margin=0.3)
+# Small nets from random weights on a CPU in minutes. A margin of 0.3 leaves the un-normalised
+# features of a ViT in a narrow cone (cosines above 0.999), which the BNNeck opens. [ours]
+LAPTOP = dict(size=(128, 64), epochs=24, optimizer="adamw", lr=1e-3, bias_lr=1.0,
+              weight_decay=0.05, schedule="cosine", warmup=3, smoothing=0.1, margin=0.3,
+              neck_feat="after")
 
 
 def recipe_for(dataset: str, arch: str | None = None) -> Recipe:
