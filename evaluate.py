@@ -177,8 +177,9 @@ def draw_ranks(file: str | Path, dataset, result: RankResult, q: Features, g: Fe
         table.append(((thumbnail(query), text(query)),
                       [(thumbnail(dataset.gallery[j]), text(dataset.gallery[j], f"{1 - s:.3f}"),
                         g.pids[j] == q.pids[i]) for j, s in nearest]))
-    pictures.draw_ranks(file, f"{dataset.name}: nearest {columns} of {len(g.pids):,} gallery images "
-                              f"by cosine distance; same person by same camera left out", table)
+    title = (f"{dataset.name}: nearest {columns} of {len(g.pids):,} gallery images by cosine "
+             f"distance; same person by same camera left out")
+    pictures.draw_ranks(file, title, table)
 
 
 def spread(values, n: int) -> list[int]:
