@@ -9,6 +9,7 @@ import json
 import os
 import re
 import signal
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -177,8 +178,9 @@ def draw_ranks(file: str | Path, dataset, result: RankResult, q: Features, g: Fe
         table.append(((thumbnail(query), text(query)),
                       [(thumbnail(dataset.gallery[j]), text(dataset.gallery[j], f"{1 - s:.3f}"),
                         g.pids[j] == q.pids[i]) for j, s in nearest]))
+    left_out = "same person by same camera left out" if dataset.has_cameras else ""
     title = (f"{dataset.name}: nearest {columns} of {len(g.pids):,} gallery images by cosine "
-             f"distance; same person by same camera left out")
+             f"distance; {left_out}")
     pictures.draw_ranks(file, title, table)
 
 
@@ -219,7 +221,10 @@ def patch_clusters(vit: VisionTransformer, x: Tensor, count: int = 8,
     (B, rows, columns), and its cosine similarity to the cluster's centre, of the same shape."""
     tokens = F.normalize(vit.forward_features(x)[:, 1:].float(), dim=-1)     # (B, N, D)
     points = tokens.flatten(0, 1).cpu().numpy().astype(np.float64)
-    centres, found = kmeans2(points, count, minit="++", seed=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # empty clusters, where patches are all alike
+        centres, found = kmeans2(points, min(count, len(points)), minit="++", seed=seed)
+    centres = np.nan_to_num(centres)
     centres = centres / np.linalg.norm(centres, axis=1, keepdims=True).clip(1e-12)
     typical = (points * centres[found]).sum(1)
     shape = (len(x), *vit.grid_of(*x.shape[2:]))
@@ -246,7 +251,8 @@ def draw_clusters(file: str | Path, dataset, model: nn.Module, recipe: dict, n: 
     clusters, typical = patch_clusters(vit, x)
     examples, shares = [], []
     for c in range(int(clusters.max()) + 1):
-        best = torch.where(clusters == c, typical, -torch.inf).flatten().topk(12)
+        own = torch.where(clusters == c, typical, -torch.inf).flatten()
+        best = own.topk(min(12, len(own)))
         places = [np.unravel_index(int(i), clusters.shape)
                   for i, value in zip(best.indices, best.values) if value > -torch.inf]
         examples.append([images[i, :, r * vit.stride:r * vit.stride + vit.patch_size,
@@ -271,15 +277,18 @@ def draw_curves(file: str | Path, folders: list[str]) -> None:
         try:
             text = Path(folder, "log.jsonl").read_text()
             lines = [json.loads(line) for line in text.splitlines()]
-            points = [(line["step"], line["total"]) for line in lines if "total" in line]
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"{folder}: is no run folder with a readable log.jsonl "
-                             f"({error})") from None
+            points = [(line["step"], float(line["total"])) for line in lines if "total" in line]
+            results = Path(folder, "results.json")
+            hits = json.loads(results.read_text()).get("cmc", []) if results.exists() else []
+            hits = [float(hit) for hit in hits]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{folder}: is no run folder with a readable log.jsonl and "
+                             f"results.json ({error})") from None
+        points = [(step, loss) for step, loss in points if np.isfinite(loss)]
         if points:
             losses[folder] = tuple(zip(*points))
-        results = Path(folder, "results.json")
-        if results.exists() and "cmc" in (numbers := json.loads(results.read_text())):
-            cmc[folder] = (range(1, len(numbers["cmc"]) + 1), numbers["cmc"])
+        if hits:
+            cmc[folder] = (range(1, len(hits) + 1), hits)
     panels = [("means between log lines", "step", "loss", losses),
               ("share of queries with a hit so far", "rank", "CMC", cmc)]
     panels = [panel for panel in panels if panel[-1]]
@@ -337,7 +346,7 @@ def explain_similarity(weights: str) -> str:
         return (f"{note}; on its evaluation set 90 % of pairs of the same person lay in "
                 f"{ranges['same'][0]} .. {ranges['same'][2]}, of different people in "
                 f"{ranges['other'][0]} .. {ranges['other'][2]}")
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
         return f"{note}; no evaluation of this model is known (no {results})"
 
 
@@ -395,8 +404,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.batch_size < 1 or args.workers < 0:
         parser.error("--batch-size is at least 1, --workers at least 0")
+    if "" in (args.dataset, args.extract, args.query, args.gallery, args.inspect, args.curves):
+        parser.error("a name is empty")
     if not args.weights and not args.inspect and not args.curves:
         parser.error("--weights FILE is needed")
+    for flag in ("rerank", "attention", "clusters"):
+        if getattr(args, flag) and not args.dataset:
+            parser.error(f"--{flag} goes with --dataset")
+    if args.ranks and not (args.dataset or args.query):
+        parser.error("--ranks goes with --dataset or --query")
+    if args.skip_bad and not (args.extract or args.query):
+        parser.error("--skip-bad goes with --extract or --query")
     for first, second in (("extract", "out"), ("query", "gallery"), ("curves", "runs")):
         if bool(getattr(args, first)) != bool(getattr(args, second)):
             parser.error(f"--{first} and --{second} go together")
@@ -407,6 +425,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{flag} {name}: the file is a {suffix[1:].upper()}, name it so")
         if name and os.path.exists(name) and not args.overwrite:
             parser.error(f"{name} exists; --overwrite replaces it")
+        if name and (os.path.isdir(name) or not os.access(Path(name).parent, os.W_OK)):
+            parser.error(f"--{flag} {name}: its folder is absent or read-only")
+    drawn = [name for name in (args.ranks, args.attention, args.clusters) if name]
+    if len(drawn) > len(set(drawn)):
+        parser.error("two pictures cannot go into one file")
     return args
 
 
@@ -464,6 +487,8 @@ def use_photos(args: argparse.Namespace, model: nn.Module, recipe: dict, run: di
         a, b = features([Record(path, -1, 0) for path in args.compare])
         print(f"cosine similarity {float(a @ b):.4f}; {explain_similarity(args.weights)}")
         return
+    query = args.query and Record(args.query, -1, 0)
+    wanted = features([query])[0] if query else None  # first: it may be unreadable
     records = photos(args.extract or args.gallery, args.skip_bad)
     feats = features(records)
     if args.extract:
@@ -471,8 +496,7 @@ def use_photos(args: argparse.Namespace, model: nn.Module, recipe: dict, run: di
         write_atomic(Path(args.out), lambda f: np.savez(f, paths=paths, features=feats.numpy()))
         print(f"{len(records)} images, features {tuple(feats.shape)} in {args.out}")
         return
-    query = Record(args.query, -1, 0)
-    similarity = feats @ features([query])[0]
+    similarity = feats @ wanted
     best = torch.argsort(similarity, descending=True, stable=True)[:10].tolist()
     for place, i in enumerate(best, 1):
         print(f"{place:3d}  {similarity[i]:.4f}  {records[i].path}")

@@ -25,7 +25,7 @@ class Sheet:
 
     def __init__(self, columns: int, rows: int, head: int = HEAD, cell: tuple[int, int] = (W, H)):
         (self.w, self.h), self.head = cell, head
-        width = GAP + columns * (self.w + GAP) + GAP
+        width = max(GAP + columns * (self.w + GAP) + GAP, 640)  # room for a title
         self.image = Image.new("RGB", (width, head + rows * (self.h + LABEL + GAP)), "white")
         self.draw, self.font = ImageDraw.Draw(self.image), ImageFont.load_default(12)
 
@@ -106,7 +106,7 @@ def draw_clusters(file: str | Path, title: str, images: Tensor, clusters: Tensor
     page = Image.new("RGB", (max(sheet.image.width, 760), below + 24 + C * (size + 8)), "white")
     sheet.text(GAP, 6, title)
     sheet.text(GAP, 24, "people, and the same people with each patch in the colour of its cluster")
-    colors = images.new_tensor(PALETTE)
+    colors = images.new_tensor([PALETTE[c % len(PALETTE)] for c in range(C)])
     for i in range(n):
         column, row = i % per_row, i // per_row * 2
         sheet.paste(images[i], column, row)
@@ -118,7 +118,7 @@ def draw_clusters(file: str | Path, title: str, images: Tensor, clusters: Tensor
     draw.text((GAP, below), "clusters: share of all patches, most typical patches", INK, sheet.font)
     for c in range(C):
         y = below + 24 + c * (size + 8)
-        draw.rectangle((GAP, y, GAP + size, y + size), fill=PALETTE[c])
+        draw.rectangle((GAP, y, GAP + size, y + size), fill=PALETTE[c % len(PALETTE)])
         draw.text((GAP + size + 8, y + 12), f"{shares[c]:.0%}", INK, sheet.font)
         for k, patch in enumerate(examples[c]):
             picture = Image.fromarray(patch.permute(1, 2, 0).contiguous().numpy())
@@ -163,16 +163,19 @@ def draw_curves(file: str | Path, panels: list[tuple[str, str, str, dict]]) -> N
             color = PALETTE[names.index(name) % len(PALETTE)]
             points = [place(x, y) for x, y in zip(xs, ys)]
             draw.line([c for point in points for c in point], color, 2, joint="curve")
+            for x, y in points[:1] + points[-1:]:  # a single point is no line
+                draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=color)
     for i, name in enumerate(names):
         y = h + 4 + 18 * i
         draw.rectangle((left, y + 3, left + 14, y + 11), fill=PALETTE[i % len(PALETTE)])
-        draw.text((left + 22, y), name, INK, font)
+        shown = name if len(name) <= 60 else "..." + name[-57:]
+        draw.text((left + 22, y), shown, INK, font)
     write_atomic(Path(file), lambda handle: page.save(handle, format="PNG"))
 
 
 def ticks(low: float, high: float) -> list[float]:
     """About five round numbers that enclose low .. high."""
-    span = max(high - low, 1e-9 * max(abs(high), 1))
+    span = max(high - low, 1e-3 * abs(high), 1e-9)
     step = 10 ** math.floor(math.log10(span / 4))
     step *= next(k for k in (1, 2, 5, 10) if span / (k * step) <= 5)
     first, last = math.floor(low / step), math.ceil(high / step)

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from data import InputError
 
+TIE = 1e-6  # closer similarities of unit vectors are equal: float32 rounds a dot product so
+
 # ---------------------------------------------------------------------------------------------
 # Ranking: CMC and mAP
 # ---------------------------------------------------------------------------------------------
@@ -190,7 +192,6 @@ def cmc_map(distmat, q_pids, g_pids, q_camids, g_camids, max_rank: int = 50, ap:
     return accumulate(chunks, query, gallery, max_rank, ap, tie=0.0)
 
 
-TIE = 1e-6  # closer similarities of unit vectors are equal: float32 rounds a dot product so
 
 
 def rank_features(q_feats, q_pids, q_camids, g_feats, g_pids, g_camids, max_rank: int = 50,
@@ -232,7 +233,8 @@ def nearest(x: Tensor, k: int, chunk: int = 256) -> tuple[np.ndarray, np.ndarray
         similarity = rows @ x.T                                              # (chunk, N)
         indices.append(similarity.topk(k, dim=1).indices.cpu())
         farthest.append(2 - 2 * similarity.amin(1).cpu())
-    return torch.cat(indices).numpy(), torch.cat(farthest).clamp(min=1e-12).numpy()
+    # not below the rounding of a similarity: where all features are equal, all distances are
+    return torch.cat(indices).numpy(), torch.cat(farthest).clamp(min=2 * TIE).numpy()
 
 
 def reciprocal(indices: np.ndarray, k: int) -> sparse.csr_matrix:
@@ -264,7 +266,7 @@ def encode_neighbours(x: Tensor, indices: np.ndarray, farthest: np.ndarray, k1: 
         part = slice(start, start + (1 << 14))
         i = torch.from_numpy(rows[part]).to(x.device)
         j = torch.from_numpy(V.indices[part]).long().to(x.device)
-        distance = (2 - 2 * (x[i] * x[j]).sum(1)).cpu().numpy()
+        distance = (2 - 2 * (x[i] * x[j]).sum(1)).clamp(min=0).cpu().numpy()
         V.data[part] = np.exp(-distance / farthest[rows[part]])
     V.data /= np.repeat(V.sum(1).A1, np.diff(V.indptr))
     if k2 > 1:  # the mean over an image and its nearest: local query expansion
@@ -277,26 +279,39 @@ def encode_neighbours(x: Tensor, indices: np.ndarray, farthest: np.ndarray, k1: 
 
 def reranked_chunks(q: Tensor, g: Tensor, k1: int, k2: int, lam: float, chunk: int = 128):
     """Blocks (chunk, G) of the re-ranked distances; see `rerank`."""
-    x, (Q, G) = torch.cat([q, g]), (len(q), len(g))
+    x, Q = torch.cat([q, g]), len(q)
     k1 = min(k1, len(x) - 1)
     k2 = min(k2, k1 + 1)
     indices, farthest = nearest(x, k1 + 1)
     V = encode_neighbours(x, indices, farthest, k1, k2)
-    V, inverted = V[:Q], V[Q:].tocsc()  # column t: the gallery images that know t
+    V, inverted = V[:Q], V[Q:].tocsc()
     for start in range(0, Q, chunk):
-        block = V[start:start + chunk].tocoo()
-        # sum_t min(V_it, V_jt): each weight of i meets those of all gallery images j that know t
-        counts = np.diff(inverted.indptr)[block.col]
-        shift = np.cumsum(counts) - counts
-        place = np.arange(counts.sum()) + np.repeat(inverted.indptr[block.col] - shift, counts)
-        pair = np.repeat(block.row.astype(np.int64) * G, counts) + inverted.indices[place]
-        least = np.minimum(np.repeat(block.data, counts), inverted.data[place])
-        m = np.bincount(pair, least, block.shape[0] * G).reshape(-1, G)
-        m = torch.from_numpy(m).float().to(x.device)
+        m = torch.from_numpy(shared_weight(V[start:start + chunk], inverted)).float().to(x.device)
         rows = x[start:start + len(m)]
-        original = (2 - 2 * rows @ g.T) / torch.from_numpy(
+        original = (2 - 2 * rows @ g.T).clamp(min=0) / torch.from_numpy(
             farthest[start:start + len(m)]).to(x.device)[:, None]
         yield (1 - lam) * (1 - m / (2 - m)) + lam * original
+
+
+def shared_weight(rows: sparse.csr_matrix, inverted: sparse.csc_matrix) -> np.ndarray:
+    """sum_t min(V_it, V_jt) for rows i of V and all columns' owners j: (B, N), (G, N) -> (B, G).
+
+    Each weight of i meets those of all j that know the same t: column t of `inverted`.
+    """
+    rows, G = rows.tocoo(), inverted.shape[0]
+    m = np.zeros(rows.shape[0] * G)
+    counts = np.diff(inverted.indptr)[rows.col]
+    ends, start = np.cumsum(counts), 0
+    while start < len(counts):  # four million meetings at a time, however crowded a column is
+        stop = max(int(np.searchsorted(ends, ends[start] - counts[start] + (1 << 22))), start + 1)
+        part, n = slice(start, stop), counts[start:stop]
+        shift = np.cumsum(n) - n
+        place = np.arange(n.sum()) + np.repeat(inverted.indptr[rows.col[part]] - shift, n)
+        pair = np.repeat(rows.row[part].astype(np.int64) * G, n) + inverted.indices[place]
+        m += np.bincount(pair, np.minimum(np.repeat(rows.data[part], n), inverted.data[place]),
+                         len(m))
+        start = stop
+    return m.reshape(-1, G)
 
 
 def rerank(q: Tensor, g: Tensor, k1: int = 20, k2: int = 6, lam: float = 0.3) -> Tensor:
@@ -305,7 +320,8 @@ def rerank(q: Tensor, g: Tensor, k1: int = 20, k2: int = 6, lam: float = 0.3) ->
     (1 - lam) Jaccard distance of the neighbourhoods + lam squared Euclidean distance over the
     row's largest. Exact, as in Zhong et al. 2017 and the code in use, but V is sparse. Queries are
     part of one another's neighbourhoods: results depend on the whole query set, which a deployed
-    system would not have. k1 and k2 shrink to what few images allow.
+    system would not have. Among equal distances neighbours are picked arbitrarily. k1 and k2 shrink
+    to what few images allow.
     """
     q, g = (torch.as_tensor(f).float() for f in (q, g))
     return torch.cat(list(reranked_chunks(q, g, k1, k2, lam)))

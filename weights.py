@@ -15,6 +15,7 @@ import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -101,13 +102,20 @@ class WeightsFile:
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and std by which images enter: as the file says, else by this table.
 
-        TransReID's and PersonViT's fine-tuned models and timm's ViT (recognised by its classifier)
-        0.5 and 0.5; all else ImageNet's.
+        TransReID's and PersonViT's fine-tuned models and timm's ViT (recognised by its classifier
+        [from memory]) 0.5 and 0.5; all else ImageNet's.
         """
         if "mean" in self.recipe:
             return tuple(self.recipe["mean"]), tuple(self.recipe["std"])
-        half = "head.weight" in self.dropped or self.head and self.arch.startswith("vit")
+        timm = "head.weight" in self.dropped and "dist_token" not in self.dropped
+        half = timm or self.head and self.arch.startswith("vit")
         return ((0.5,) * 3, (0.5,) * 3) if half else (IMAGENET_MEAN, IMAGENET_STD)
+
+
+SCALAR = np.float64(0).__reduce__()[0]  # what rebuilds a number of NumPy, under its two names
+HARMLESS = [argparse.Namespace, np.dtype, (SCALAR, "numpy.core.multiarray.scalar"),
+            (SCALAR, "numpy._core.multiarray.scalar"),
+            *(type(np.dtype(kind)) for kind in ("f8", "f4", "i8", "i4", "?"))]
 
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -115,8 +123,8 @@ def read_checkpoint(path: str | Path) -> dict:
 
     Raises InputError for a missing, truncated or foreign file.
     """
-    try:  # training files of DINO and iBOT hold their command line, which is harmless
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+    try:  # training files of DINO and iBOT hold their command line and rates, which are harmless
+        with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle versions; what cannot be read raises
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -124,7 +132,9 @@ def read_checkpoint(path: str | Path) -> dict:
     except Exception as error:  # hostile bytes make the reader raise anything at all
         reason = "damaged, or no file of PyTorch weights"
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
-            reason = "it holds Python objects, which loading would execute"
+            found = re.search(r"GLOBAL ([\w.]+)", str(error))
+            reason = (f"it holds Python objects ({found[1] if found else 'of an unknown kind'}), "
+                      f"which loading might execute")
         raise InputError(f"{path}: {reason}; nothing was loaded") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}, not a dictionary of weights")
@@ -133,11 +143,12 @@ def read_checkpoint(path: str | Path) -> dict:
 
 # Nesting and prefixes of the usual files, in the order in which they are taken off. Of two
 # networks the one that is meant to be used: DINO's and iBOT's teacher, MoCo's query encoder.
-WRAPPERS = ("model", "state_dict", "teacher", "target_encoder", "backbone")
+WRAPPERS = ("model", "state_dict", "module", "teacher", "target_encoder", "backbone")
 PREFIXES = ("module.", "_orig_mod.", "teacher.", "online.", "encoder_q.", "backbone.", "base.")
 HEAD = ("bottleneck.", "classifier.")            # TransReID's names, and ours
 UNFIT = {"part_token1": "the part tokens of PASS",
          "sie_embed": "TransReID's camera embedding (SIE)",
+         "b1.0.norm1.weight": "the local branches of TransReID (JPM)",
          "patch_embed.conv.0.weight": "the convolutional stem (ICS) of TransReID-SSL"}
 
 
@@ -145,9 +156,21 @@ def read_file(path: str | Path) -> WeightsFile:
     """Read any of the formats of README's table. Raises InputError, naming the file, for files that
     are damaged, hold no known backbone, or one with parts that the networks here lack."""
     content = read_checkpoint(path)
+    try:
+        return interpret(str(path), content)
+    except (TypeError, LookupError, ArithmeticError, ValueError, RuntimeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: damaged, its tensors or its recipe make no sense ({error}); "
+                         f"nothing was loaded") from None
+
+
+def interpret(path: str, content: dict) -> WeightsFile:
+    """`read_file` of what was read."""
     inner = content
-    while key := next((k for k in WRAPPERS if isinstance(inner.get(k), dict)), None):
-        inner = inner[key]
+    for _ in range(8):  # deep enough for every format, and an end for a file that holds itself
+        key = next((k for k in WRAPPERS if isinstance(inner.get(k), dict)), None)
+        inner = inner[key] if key else inner
     plain = {k: v for k, v in inner.items() if isinstance(k, str) and isinstance(v, Tensor)}
     head, others = {}, []
     for prefix in PREFIXES:  # what lies outside the prefix is a head, an optimiser, another network
@@ -164,12 +187,17 @@ def read_file(path: str | Path) -> WeightsFile:
         if name in others:
             raise InputError(f"{path}: holds {what}, which the backbones here lack; nothing was "
                              f"loaded")
+    bad = [k for k, v in (state | head).items() if not usable(v, k)]
+    if bad:
+        raise InputError(f"{path}: {len(bad)} weights are not finite real numbers, first {bad[0]}; "
+                         f"the training that wrote them had diverged; nothing was loaded")
     if "dist_token" in others and "pos_embed" in state:  # DeiT: its position is the second
         state["pos_embed"] = torch.cat([state["pos_embed"][:, :1], state["pos_embed"][:, 2:]], 1)
     recipe = content.get("recipe") if isinstance(content.get("recipe"), dict) else {}
     recipe = recipe | {k: content[k] for k in ("size", "mean", "std") if k in content}
     args, epoch = content.get("args"), content.get("epoch")
-    file = WeightsFile(str(path), kind_of(content, inner, head), state, head, others,
+    check_reading(path, recipe)
+    file = WeightsFile(path, kind_of(content, inner, head), state, head, others,
                        arch_of(state), recipe=recipe,
                        args=vars(args) if isinstance(args, argparse.Namespace) else {},
                        epoch=epoch if isinstance(epoch, int) else None)
@@ -178,13 +206,40 @@ def read_file(path: str | Path) -> WeightsFile:
     return file
 
 
+def usable(tensor: Tensor, name: str) -> bool:
+    """Ordinary finite numbers? Rounded to integers, or claimed but not stored, they are none."""
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+        return False
+    if name.endswith("num_batches_tracked"):
+        return True
+    stored = tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
+    return stored and tensor.is_floating_point() and bool(tensor.isfinite().all())
+
+
+def check_reading(path: str, recipe: dict) -> None:
+    """Raise InputError for a recipe that says nonsense about how images enter."""
+    def numbers(key: str, count: int, low: float, high: float) -> bool:
+        values = recipe.get(key, ())
+        return key not in recipe or (
+            isinstance(values, (list, tuple)) and len(values) == count and
+            all(isinstance(v, (int, float)) and low <= v <= high for v in values))
+
+    right = (numbers("size", 2, 8, 4096) and numbers("mean", 3, -1e3, 1e3) and
+             numbers("std", 3, 1e-6, 1e3) and ("mean" in recipe) == ("std" in recipe) and
+             recipe.get("last_stride", 1) in (1, 2) and
+             recipe.get("neck_feat", "before") in ("before", "after"))
+    if not right:
+        raise InputError(f"{path}: damaged, its size, mean, std, last_stride or neck_feat makes no "
+                         f"sense; nothing was loaded")
+
+
 def kind_of(content: dict, inner: dict, head: dict) -> str:
     """In words; only for people."""
     known = {"reid-model": "fine-tuned model of this project",
              "reid-backbone": "pre-trained backbone of this project",
              "reid-checkpoint": "training state of this project"}
-    if content.get("format") in known:
-        return known[content["format"]]
+    if str(content.get("format")) in known:
+        return known[str(content["format"])]
     for key, name in (("ibot_loss", "iBOT's training state, as PersonViT's pre-training has it"),
                       ("dino_loss", "DINO's training state")):
         if key in content:
@@ -276,10 +331,6 @@ def fill(file: WeightsFile, backbone: nn.Module) -> str:
                          f"{len(deeper)} of blocks that this one lacks ({example}); "
                          f"the file's backbone: {kind}. "
                          f"Choose --arch to match; nothing was loaded")
-    bad = [k for k, v in state.items() if v.is_complex() or v.is_meta or not v.isfinite().all()]
-    if bad:
-        raise InputError(f"{file.path}: {len(bad)} weights are not finite real numbers, first "
-                         f"{bad[0]}; the training that wrote them had diverged; nothing was loaded")
     backbone.load_state_dict(state, strict=False)
     dropped = [*file.head, *file.dropped]
     return (f"{file.path}: {file.kind}; {len(own)}/{len(own)} backbone weights loaded, resized: "
@@ -296,6 +347,9 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict]:
     file = read_file(path)
     if not file.arch:
         raise InputError(f"{path}: its backbone is none of {', '.join(ARCHS)}; nothing was loaded")
+    if "training state of this project" in file.kind:
+        raise InputError(f"{path}: a training state does not say how images enter; evaluate the "
+                         f"model.pth or backbone.pth beside it")
     if "fine-tuned model of this project" in file.kind and not {"size", "mean"} <= set(file.recipe):
         raise InputError(f"{path}: damaged, its recipe is missing")
     mean, std = file.statistics
@@ -306,8 +360,8 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict]:
                                last_stride=recipe.get("last_stride", 1), stride=file.stride)
         print(fill(file, model))
         if file.head:
-            if recipe["neck_feat"] == "none":
-                recipe["neck_feat"] = "before"                               # [PersonViT code]
+            if recipe["neck_feat"] == "none":                                # [PersonViT code; BoT]
+                recipe["neck_feat"] = "before" if file.arch.startswith("vit") else "after"
             model = ReIDModel(model, len(file.head["classifier.weight"]), recipe["neck_feat"])
             state = {f"base.{k}": v for k, v in model.base.state_dict().items()} | file.head
             model.load_state_dict(state)
@@ -338,5 +392,6 @@ def inspect(path: str | Path) -> str:
     lines.append(f"  not used  {len(file.dropped)} tensors"
                  f"{': ' + ', '.join(file.dropped[:6]) if file.dropped else ''}")
     for title, values in (("recipe", file.recipe), ("args", file.args)):
-        lines += [f"  {title}.{key} = {value}" for key, value in sorted(values.items())]
+        lines += [f"  {title}.{key} = {value!r:.200}"
+                  for key, value in sorted(values.items(), key=str)]
     return "\n".join(lines)

@@ -12,6 +12,7 @@ from conftest import ROOT, Golden, market_tree, write_image
 from PIL import Image
 
 import evaluate
+import ranking
 from data import InputError, Record, load_dataset
 from evaluate import ReIDModel, cmc_map, draw_ranks, filtered_ranking, rank_features
 from personvit import VisionTransformer
@@ -390,6 +391,23 @@ def test_rerank_of_near_duplicates_and_of_galleries_smaller_than_k1():
         assert dist.shape == (4, len(g)) and dist.isfinite().all() and -1e-5 <= dist.min() and dist.max() <= 1 + 1e-5
     same = evaluate.rerank(q, q.repeat(10, 1), 5, 2)
     assert (same.argmin(1) % 4 == torch.arange(4)).all()
+
+
+@pytest.mark.parametrize("noise", [0, 1e-8, 1e-7])
+def test_rerank_of_a_collapsed_network_is_finite(noise):
+    torch.manual_seed(0)
+    feats = F.normalize(torch.ones(60, 8) + noise * torch.randn(60, 8), dim=1)
+    dist = evaluate.rerank(feats[:10], feats[10:])
+    assert dist.isfinite().all() and dist.max() <= 1 + 1e-5
+
+
+def test_rerank_in_small_pieces_is_the_same(monkeypatch):
+    torch.manual_seed(0)
+    x = F.normalize(torch.randn(20, 8)[torch.arange(90) % 20] + 0.3 * torch.randn(90, 8), dim=1)
+    whole = evaluate.rerank(x[:30], x[30:], 6, 3, 0.3)
+    for chunk in (1, 7):
+        pieces = torch.cat(list(ranking.reranked_chunks(x[:30], x[30:], 6, 3, 0.3, chunk)))
+        torch.testing.assert_close(pieces, whole)
 
 
 def test_rank_features_with_rerank_ranks_the_reranked_distances():

@@ -140,6 +140,38 @@ def test_clusters_find_patches_that_are_alike():
     assert torch.equal(clusters, evaluate.patch_clusters(vit, x, count=2)[0])
 
 
+def test_each_head_has_its_own_map_and_bright_is_much(tmp_path):
+    image, attention = torch.full((1, 3, 128, 64), 100, dtype=torch.uint8), torch.zeros(1, 2, 2, 1)
+    attention[0, 0, 0], attention[0, 1, 1] = 1, 1                # head 1 looks up, head 2 down
+    pictures.draw_attention(tmp_path / "a.png", "title", image, attention)
+    page = np.asarray(Image.open(tmp_path / "a.png").convert("L")).astype(int)
+    for head, (bright, dark) in ((1, (0, 1)), (2, (1, 0))):
+        x, y = pictures.Sheet(3, 1).place(head, 0)
+        half = [page[y + 64 * part + 10:y + 64 * part + 54, x + 10:x + 54].mean() for part in (bright, dark)]
+        assert half[0] > 2 * half[1]
+
+
+def test_curves_have_the_colours_of_their_names(tmp_path):
+    lines = {f"run {i}": ([0, 1, 2], [i, i, i]) for i in range(3)}
+    pictures.draw_curves(tmp_path / "c.png", [("t", "x", "y", lines)])
+    page = np.asarray(Image.open(tmp_path / "c.png"))
+    rows = [np.flatnonzero((page[:300] == color).all(2).any(1)).mean() for color in pictures.PALETTE[:3]]
+    assert rows[0] > rows[1] > rows[2]                           # larger values stand higher
+
+
+def test_examples_of_a_cluster_are_typical(market, tmp_path, weights, monkeypatch):
+    seen = []
+    monkeypatch.setattr(pictures, "draw_clusters", lambda *args: seen.append(args))
+    model, recipe = evaluate.load_model(weights)
+    evaluate.draw_clusters("c.png", evaluate.load_dataset("market1501", market), model, recipe)
+    _, _, images, clusters, examples, shares = seen[0]
+    _, typical = evaluate.patch_clusters(model.base, evaluate.normalize(images, recipe["mean"], recipe["std"]))
+    for c in (clusters.unique()).tolist():
+        i, r, k = np.unravel_index(int(torch.where(clusters == c, typical, -torch.inf).argmax()), clusters.shape)
+        assert torch.equal(examples[c][0], images[i, :, 16 * r:16 * r + 16, 16 * k:16 * k + 16])
+    assert sum(shares) == pytest.approx(1)
+
+
 def test_people_in_pictures_are_different_people():
     class Set:
         query = [Record(f"{i}", i // 3, 0) for i in range(30)]
@@ -170,7 +202,11 @@ def test_ticks_enclose_and_are_few(low, high):
     (["--dataset", "x"], "--weights FILE is needed"), (["--query", "a.jpg", "--weights", "w"], "go together"),
     (["--extract", "d", "--weights", "w"], "go together"), (["--curves", "c.png"], "go together"),
     (["--dataset", "x", "--weights", "w", "--ranks", "r.jpg"], "the file is a PNG"),
-    (["--dataset", "x", "--extract", "d", "--weights", "w"], "not allowed with"), ([], "required")])
+    (["--dataset", "x", "--extract", "d", "--weights", "w"], "not allowed with"), ([], "required"),
+    (["--compare", "a", "b", "--weights", "w", "--rerank"], "goes with --dataset"),
+    (["--inspect", "a", "--ranks", "r.png"], "goes with --dataset or --query"), (["--dataset", "", "--weights", "w"], "empty"),
+    (["--dataset", "x", "--weights", "w", "--ranks", "no/r.png"], "its folder is absent"),
+    (["--dataset", "x", "--weights", "w", "--ranks", "r.png", "--clusters", "r.png"], "into one file")])
 def test_mistakes_on_the_command_line(args, words, capsys):
     with pytest.raises(SystemExit):
         evaluate.parse_args(args)

@@ -7,6 +7,7 @@ import pickle
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -47,7 +48,8 @@ def ibot(wanted, loss="ibot_loss"):
     student = prefixed("module.", prefixed("backbone.", vit(9)) | dino_head())
     student["module.backbone.masked_embed"] = torch.zeros(1, 128)
     return {"student": student, "teacher": prefixed("backbone.", wanted) | dino_head(), "epoch": 221,
-            "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-3, "params": [0]}]},
+            "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [
+                {"lr": np.float64(1e-3), "weight_decay": np.float32(0.04), "params": [0]}]},
             "args": argparse.Namespace(arch="vit_small", lr=5e-4, global_crops_scale=(0.4, 1.0), norm_in_head=None),
             loss: {"center": torch.zeros(1, 9), "center2": torch.zeros(1, 1, 9)}, "fp16_scaler": {"scale": 65536.0}}
 
@@ -111,6 +113,10 @@ def test_every_format_loads_and_can_be_evaluated(tmp_path, name):
     filled = {k: v for k, v in net.state_dict().items() if "num_batches" not in k}
     assert all(torch.equal(v, state[k]) for k, v in filled.items())
     assert words in inspect(path)
+    if "training state of this project" in words:
+        with pytest.raises(InputError, match="evaluate the model.pth or backbone.pth beside it"):
+            load_model(path)
+        return
     model, recipe = load_model(path)
     x = torch.randn(2, 3, *recipe["size"])
     fine_tuned = "fine-tuned" in name or "DDP" in name and kind == "vit" and "DINO" not in name
@@ -149,11 +155,65 @@ def test_distilled_deit_loses_its_second_token(tmp_path):
 
 
 @pytest.mark.parametrize("key, words", [("part_token1", "part tokens of PASS"), ("base.sie_embed", "camera embedding"),
+                                        ("b1.0.norm1.weight", "local branches"),
                                         ("patch_embed.conv.0.weight", "convolutional stem")])
 def test_backbones_with_other_parts_are_refused(tmp_path, key, words):
-    content = (prefixed("base.", vit()) if key.startswith("base.") else vit()) | {key: torch.zeros(3)}
+    content = (vit() if key.startswith("pa") else prefixed("base.", vit())) | {key: torch.zeros(3)}
     with pytest.raises(InputError, match=words):
         load_weights(save(tmp_path, content), build_backbone("vit_mini"))
+
+
+def test_stride_and_neck_of_fine_tuned_resnets(tmp_path):
+    """Ours say theirs; of foreign ones bag of tricks ranks behind the neck."""
+    model = ReIDModel(build_backbone("resnet_tiny", last_stride=2), 9, "before")
+    recipe = {"arch": "resnet_tiny", "size": [64, 32], "last_stride": 2, "neck_feat": "before", "mean": [0.5] * 3,
+              "std": [0.5] * 3}
+    content = {"format": "reid-model", "recipe": recipe, "num_ids": 9, "model": model.state_dict()}
+    loaded, found = load_model(save(tmp_path, content))
+    assert loaded.base.layer4[0].conv2.stride == (2, 2) and found["neck_feat"] == "before"
+    loaded, found = load_model(save(tmp_path, model.state_dict()))
+    assert found["neck_feat"] == "after" and found["mean"] == list(IMAGENET_MEAN)
+
+
+def huge():
+    return torch.zeros(1).expand(1, 40000 ** 2 + 1, 128)
+
+
+@pytest.mark.parametrize("change", [
+    {"pos_embed": huge}, {"cls_token": lambda: torch.tensor(1.0)}, {"patch_embed.proj.weight": lambda: torch.tensor(1.0)},
+    {"patch_embed.proj.weight": lambda: torch.zeros(128, 3, 16, 0)}, {"blocks.0.mlp.fc1.weight": lambda: torch.tensor(1.0)},
+    {"norm.weight": lambda: torch.ones(128, dtype=torch.int8)}, {"norm.weight": lambda: torch.ones(128).to_sparse()},
+    {"norm.weight": lambda: torch.full((128,), math.nan)}, {"dist_token": lambda: torch.zeros(1), "pos_embed": lambda: torch.zeros(3)}])
+def test_odd_tensors_get_one_line(tmp_path, change):
+    path = save(tmp_path, vit() | {key: make() for key, make in change.items()})
+    for action in (lambda: load_weights(path, build_backbone("vit_mini")), lambda: load_model(path)):
+        with pytest.raises(InputError, match="w.pth: ") as caught:
+            action()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [{"size": 3}, {"size": [10 ** 6, 10 ** 6]}, {"size": [32]}, {"mean": 3}, {"std": None},
+                                    {"mean": ["a"] * 3}, {"std": [0, 1, 1]}, {"last_stride": "x"}, {"neck_feat": 7}])
+def test_nonsense_in_a_recipe_gets_one_line(tmp_path, change):
+    recipe = {"arch": "resnet_tiny", "size": [64, 32], "last_stride": 1, "neck_feat": "before", "mean": [0.5] * 3,
+              "std": [0.5] * 3}
+    content = {"format": "reid-backbone", "recipe": recipe | change, "backbone": resnet()}
+    with pytest.raises(InputError, match="damaged, its size, mean, std"):
+        load_model(save(tmp_path, content))
+
+
+def test_a_file_that_holds_itself_ends(tmp_path):
+    content: dict = {}
+    content["model"] = content
+    with pytest.raises(InputError, match="78 of 78"):
+        load_weights(save(tmp_path, content), build_backbone("vit_mini"))
+
+
+def test_broken_heads_are_refused(tmp_path):
+    content = transreid(vit())
+    content["bottleneck.running_mean"][0] = math.nan
+    with pytest.raises(InputError, match="first bottleneck.running_mean"):
+        load_model(save(tmp_path, content))
 
 
 def test_inspect_shows_the_arguments_of_a_training_file(tmp_path):
