@@ -479,31 +479,35 @@ def evaluate_dataset(args: argparse.Namespace, model: nn.Module, recipe: dict, r
 
 def use_photos(args: argparse.Namespace, model: nn.Module, recipe: dict, run: dict) -> None:
     """--extract, --compare, --query."""
-    def features(records: list[Record]) -> Tensor:
-        size = tuple(recipe["size"])
-        return extract(model, records, size, recipe["mean"], recipe["std"], **run)[0]
+    def features(records: list[Record]) -> tuple[Tensor, Tensor]:
+        return extract(model, records, tuple(recipe["size"]), recipe["mean"], recipe["std"], **run)
 
     if args.compare:
-        a, b = features([Record(path, -1, 0) for path in args.compare])
+        (a, b), _ = features([Record(path, -1, 0) for path in args.compare])
         print(f"cosine similarity {float(a @ b):.4f}; {explain_similarity(args.weights)}")
         return
     query = args.query and Record(args.query, -1, 0)
-    wanted = features([query])[0] if query else None  # first: it may be unreadable
+    wanted, own = features([query]) if query else (None, None)  # first: it may be unreadable
     records = photos(args.extract or args.gallery, args.skip_bad)
-    feats = features(records)
+    feats, numbers = features(records)
     if args.extract:
         paths = np.array([r.path for r in records])
         write_atomic(Path(args.out), lambda f: np.savez(f, paths=paths, features=feats.numpy()))
         print(f"{len(records)} images, features {tuple(feats.shape)} in {args.out}")
         return
-    similarity = feats @ wanted
-    best = torch.argsort(similarity, descending=True, stable=True)[:10].tolist()
+    for i in (numbers == own).nonzero().flatten().tolist():
+        print(f"left out: {records[i].path} is the query's very file")
+    similarity = (feats @ wanted[0]).masked_fill(numbers == own, -torch.inf)
+    found = int((numbers != own).sum())
+    if not found:
+        raise InputError(f"{args.gallery}: holds no image but the query")
+    best = torch.argsort(similarity, descending=True, stable=True)[:min(found, 10)].tolist()
     for place, i in enumerate(best, 1):
         print(f"{place:3d}  {similarity[i]:.4f}  {records[i].path}")
     print(explain_similarity(args.weights))
     if args.ranks:
         row = [(thumbnail(records[i]), f"{similarity[i]:.3f}", None) for i in best]
-        pictures.draw_ranks(args.ranks, f"nearest of {len(records):,} images in {args.gallery}",
+        pictures.draw_ranks(args.ranks, f"nearest of {found:,} images in {args.gallery}",
                             [((thumbnail(query), ""), row)])
         print(f"picture in {args.ranks}")
 

@@ -276,15 +276,15 @@ def positions_of(file: WeightsFile) -> tuple[tuple[int, int], int, tuple[int, in
     """Image size, stride and grid (rows, columns) that a ViT's position embeddings belong to.
 
     This project's files say their size. Of others only the number of patches is known: the first of
-    SIZES with as many; else a square grid, or one twice as tall as wide; else SIZES with patches
-    that overlap by a quarter (TransReID's stride 12 of 16) [ours].
+    SIZES with as many, else the first with patches that overlap by a quarter (TransReID's stride 12
+    of 16), else a square grid, or one twice as tall as wide [ours].
     """
     pos, p = file.state["pos_embed"], file.state["patch_embed.proj.weight"].shape[-1]
     n = pos.shape[1] - 1 if pos.ndim == 3 and len(pos) == 1 else 0
     sizes = (tuple(file.recipe["size"]),) if "size" in file.recipe else SIZES
     side, half = math.isqrt(max(n, 0)), math.isqrt(max(n, 0) // 2)
-    guesses = [(size, p) for size in (*sizes, (side * p, side * p), (2 * half * p, half * p))]
-    for (H, W), stride in guesses + [(size, max(3 * p // 4, 1)) for size in sizes]:
+    guesses = [(size, stride) for stride in (p, max(3 * p // 4, 1)) for size in sizes]
+    for (H, W), stride in guesses + [((side * p, side * p), p), ((2 * half * p, half * p), p)]:
         grid = (H - p) // stride + 1, (W - p) // stride + 1
         if min(grid) > 0 and grid[0] * grid[1] == n:
             return (H, W), stride, grid

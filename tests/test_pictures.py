@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -87,12 +88,22 @@ def test_compare_says_what_similarities_mean(weights, photos, capsys):
     assert "no evaluation of this model is known" in capsys.readouterr().out
 
 
-def test_query_finds_the_photo_itself_first(weights, photos, tmp_path, capsys):
-    query = photos / "deep" / "p03.png"
+def test_query_finds_the_same_picture_first_but_not_its_own_file(weights, photos, tmp_path, capsys):
+    query, again = photos / "deep" / "p03.png", photos / "deep" / "again.bmp"
+    Image.open(query).save(again)
     run("--query", query, "--gallery", photos, "--weights", weights, "--ranks", tmp_path / "q.png")
-    lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("  1  1.0000") and line.endswith("p03.png") for line in lines)
+    out = capsys.readouterr().out
+    ranked = [line for line in out.splitlines() if re.match(r" +\d+  ", line)]
+    assert ranked[0].startswith("  1  1.0000") and ranked[0].endswith("again.bmp")
+    assert "p03.png is the query's very file" in out and not any(line.endswith("p03.png") for line in ranked)
     assert Image.open(tmp_path / "q.png").width > 800
+
+
+def test_query_alone_in_the_gallery(weights, photos, tmp_path):
+    (tmp_path / "alone").mkdir()
+    shutil.copy(photos / "deep" / "p03.png", tmp_path / "alone" / "copy.png")
+    with pytest.raises(InputError, match="holds no image but the query"):
+        run("--query", photos / "deep" / "p03.png", "--gallery", tmp_path / "alone", "--weights", weights)
 
 
 def test_pictures_of_a_dataset(weights, market, tmp_path, capsys):

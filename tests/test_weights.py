@@ -227,8 +227,8 @@ def test_inspect_shows_the_arguments_of_a_training_file(tmp_path):
 
 @pytest.mark.parametrize("size, stride, words", [
     ((256, 128), 16, "none"), ((384, 128), 16, "24x8 -> 16x8"), ((256, 128), 12, "21x10 -> 16x8"),
-    ((224, 224), 16, "14x14 -> 16x8"), ((128, 64), 16, "8x4 -> 16x8"), ((160, 80), 16, "10x5 -> 16x8"),
-    ((48, 48), 16, "3x3 -> 16x8")])
+    ((224, 224), 16, "14x14 -> 16x8"), ((128, 64), 16, "8x4 -> 16x8"), ((192, 96), 16, "12x6 -> 16x8"),
+    ((48, 48), 16, "3x3 -> 16x8"), ((224, 224), 12, "18x18 -> 16x8")])
 def test_position_grids_of_foreign_files(tmp_path, size, stride, words):
     """Sizes in use are recognised by the number of patches; others are square or twice as tall as wide."""
     source = build_backbone("vit_mini", size, stride=stride)
