@@ -91,12 +91,14 @@ def count_before(dist: Tensor, columns: Tensor, match: Tensor, same: Tensor, tie
     B, W = columns.shape
     row = torch.arange(B, device=dist.device)[:, None].expand(B, W)
     hits = torch.where(match, dist.gather(1, columns), torch.inf)
-    hits = hits.sort(1).values                                   # (B, W), padded with inf
+    hits = hits.sort(1).values + tie                             # (B, W), padded with inf
+    farthest = hits.masked_fill(hits.isinf(), -torch.inf).amax(1)
     dist[row[same], columns[same]] = torch.inf                   # own id: never before its own
-    # bin[g] = number of hits nearer than g: g stands before all hits but those
-    bins = torch.searchsorted(hits + tie, dist)                  # (B, G)
-    bins += torch.arange(B, device=dist.device)[:, None] * (W + 1)
-    counts = torch.bincount(bins.flatten(), minlength=B * (W + 1)).view(B, W + 1)
+    counts = torch.zeros(B, W + 1, dtype=torch.long, device=dist.device)
+    for i, near in enumerate(dist <= farthest[:, None]):         # few, if the network is good
+        # bin = number of hits nearer than an image: it stands before all hits but those
+        bins = torch.searchsorted(hits[i], dist[i, near])
+        counts[i] = torch.bincount(bins, minlength=W + 1)
     return counts.cumsum(1)[:, :W] + torch.arange(W, device=dist.device)
 
 
@@ -130,7 +132,7 @@ def accumulate(chunks, query: Labels, gallery: Labels, max_rank: int, ap: str,
     for dist in chunks:
         part = slice(start, start + len(dist))
         start += len(dist)
-        if not dist.isfinite().all():
+        if not torch.stack(dist.aminmax()).isfinite().all():  # NaN is its own minimum
             raise InputError("distances hold NaN or infinity: a ranking of them means nothing")
         split = lookup.split(q_pids[part], q_camids[part],
                              None if q_images is None else q_images[part])
