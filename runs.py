@@ -1,7 +1,7 @@
 """One training run, whatever is trained: recipe, run folder, processes, loop, log.
 
-A run lives in its folder under runs/: recipe.json, log.jsonl, checkpoint.pth, and at the end its
-weights. The same command goes on where the folder stopped: all random draws of a step depend on
+A run lives in its folder under runs/: recipe.json, log.jsonl, checkpoint_<step>.pth, and at the end
+its weights. The same command goes on where the folder stopped: all random draws of a step depend on
 (seed, step) alone, so a resumed run is the uninterrupted one. Under torchrun several processes
 share each batch and average their gradients; the first alone writes. Read `loop`, then `Run`.
 """
@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import time
+import zipfile
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -69,7 +70,7 @@ def cosine(t: float, start: float, end: float) -> float:
 # The run folder
 # ---------------------------------------------------------------------------------------------
 
-RUN_FILES = ("recipe.json", "log.jsonl", "checkpoint.pth", "model.pth", "backbone.pth",
+RUN_FILES = ("recipe.json", "log.jsonl", "checkpoint_*.pth", "model.pth", "backbone.pth",
              "backbone_e*.pth", "results.json")
 
 
@@ -98,9 +99,13 @@ class Run:
             raise InputError(f"{folder} holds {', '.join(present)} of something else; choose "
                              f"another folder with --out, or --overwrite to delete them")
 
-    def files(self) -> list[Path]:
+    def files(self, suffix: str = "") -> list[Path]:
         """What a run may have left here, and --overwrite deletes."""
-        return [p for pattern in RUN_FILES for p in sorted(self.folder.glob(pattern))]
+        return [p for pattern in RUN_FILES for p in sorted(self.folder.glob(pattern + suffix))]
+
+    def checkpoints(self) -> list[Path]:
+        """The latest first; their names hold the step."""
+        return sorted(self.folder.glob("checkpoint_*.pth"), reverse=True)
 
     def compare(self) -> None:
         try:
@@ -129,10 +134,10 @@ class Run:
                 except OSError:
                     raise InputError(f"another process is training in {self.folder}; wait for "
                                      f"it, or choose another folder with --out") from None
-            if self.overwrite:
-                for path in self.files():
-                    path.unlink()
-                self.overwrite = False
+            # with --overwrite everything; else what a process that was killed was just writing
+            for path in self.files("" if self.overwrite else ".*.partial"):
+                path.unlink()
+            self.overwrite = False
             self.write("recipe.json", json.dumps(self.recipe, indent=1).encode())
             wait_for_all()  # the others may read the folder now
             yield
@@ -145,23 +150,39 @@ class Run:
         if self.writes:
             write_atomic(self.folder / name, lambda handle: torch.save(content, handle))
 
+    def save_checkpoint(self, step: int, content: dict, keep: int) -> None:
+        """Write the state after `step` steps; of those before it, the latest keep - 1 stay."""
+        new = self.folder / f"checkpoint_{step:09d}.pth"
+        self.save(new.name, {"format": "reid-checkpoint", "step": step, **content})
+        if self.writes:
+            earlier = [path for path in self.checkpoints() if path < new]
+            later = [path for path in self.checkpoints() if path > new]  # which `restore` passed by
+            for path in earlier[keep - 1:] + later:
+                path.unlink()
+
     def restore(self, parts: dict) -> tuple[int, set[int]]:
-        """Fill parts from the checkpoint, if there is one; (steps done, broken images seen)."""
-        path = self.folder / "checkpoint.pth"
-        if not path.exists():
-            self.cut_log(0)
-            return 0, set()
-        try:
-            state = read_checkpoint(path)
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
-            self.cut_log(state["log_size"])
-            self.seconds = state["seconds"]  # of training, over all starts
-            print(f"going on at step {state['step']:,} from {path}", flush=True)
-            return int(state["step"]), set(state["bad"])
-        except (InputError, KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise InputError(f"{path} is damaged ({str(error)[:150]}); delete it to start from "
-                             f"the first step") from None
+        """Fill parts from the last checkpoint that is whole; (steps done, broken images seen)."""
+        found = self.checkpoints()
+        for path in found:
+            try:
+                if zipfile.ZipFile(path).testzip():  # PyTorch itself ignores the checksums inside
+                    raise InputError("a checksum does not match")
+                state = read_checkpoint(path)
+                for name, part in parts.items():
+                    part.load_state_dict(state[name])
+                self.cut_log(state["log_size"])
+                self.seconds = float(state["seconds"])  # of training, over all starts
+                step, bad = int(state["step"]), set(state["bad"])
+                print(f"going on at step {step:,} from {path}", flush=True)
+                return step, bad
+            except (InputError, zipfile.BadZipFile, OSError, LookupError, TypeError, ValueError,
+                    RuntimeError, AttributeError) as error:
+                print(f"WARNING: {path} is damaged ({str(error)[:150]})", flush=True)
+        if found:
+            raise InputError(f"{self.folder}: no checkpoint is whole; delete them to start from "
+                             f"the first step")
+        self.cut_log(0)
+        return 0, set()
 
     def log(self, **values) -> None:
         """One JSON object per line, to the screen and to log.jsonl."""
@@ -214,6 +235,7 @@ class Machine:
     device: str = "cpu"
     workers: int = 2          # decoding processes
     save_every: int = 500     # steps between checkpoints
+    checkpoints: int = 2      # of which so many are kept
     log_every: int = 20       # steps between log lines
     compile: bool = False     # fuse the ViT blocks' small operations with torch.compile
     rank: int = 0             # this process among
@@ -363,22 +385,22 @@ def loop(run: Run, images: Images, sampler, recipe, parts: dict, take_step, mach
                 after_epoch(done // len(sampler))
             if saves or stopping:
                 run.seconds, start = run.seconds + time.perf_counter() - start, time.perf_counter()
-                run.save("checkpoint.pth", {"format": "reid-checkpoint", "step": done,
-                                            "bad": sorted(bad), "log_size": run.log_size(),
-                                            "seconds": run.seconds,
-                                            **{n: p.state_dict() for n, p in parts.items()}})
+                run.save_checkpoint(done, {"bad": sorted(bad), "log_size": run.log_size(),
+                                           "seconds": run.seconds,
+                                           **{n: p.state_dict() for n, p in parts.items()}},
+                                    machine.checkpoints)
             if stopping and machine.rank:
                 sys.exit(1)
             if stopping:
-                sys.exit(f"stopped after step {done:,} of {last:,}; {run.folder}/checkpoint.pth "
+                sys.exit(f"stopped after step {done:,} of {last:,}; {run.checkpoints()[0]} "
                          f"holds it, the same command goes on from there")
 
 
 def check_finite(value: Tensor | float, step: int, run: Run) -> None:
     """Stop a run whose loss or gradient is NaN or infinite, its weights being as they were."""
     if not math.isfinite(value):
-        saved = run.folder / "checkpoint.pth"
-        last = f"the last good state is in {saved}" if saved.exists() else "nothing was saved yet"
+        saved = run.checkpoints()
+        last = f"the last good state is in {saved[0]}" if saved else "nothing was saved yet"
         raise InputError(f"the loss or its gradient is {float(value)} at step {step}; {last}; "
                          f"start anew with a lower --lr or --no-bf16, and another --out")
 

@@ -374,6 +374,7 @@ def make_parser(recipe_class=Recipe) -> argparse.ArgumentParser:
         help="cpu or cuda")
     add("--workers", type=int, default=min(os.cpu_count() or 1, 8), help="decoding processes")
     add("--save-every", type=int, default=500, metavar="STEPS", help="checkpoint interval")
+    add("--checkpoints", type=int, default=2, metavar="N", help="how many of them are kept")
     add("--compile", action="store_true", help="PersonViT pre-training: use torch.compile")
     add("--demo", action="store_true", help="everything on synthetic people, one seed")
     add("--study", action="store_true", help="the demo's table over three seeds")
@@ -401,9 +402,10 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]
     parser = make_parser(kind)
     args = parser.parse_args(argv)
     given = {k: v for k, v in vars(args).items() if k in kind.__dataclass_fields__}
-    if min(args.workers, args.keep_every) < 0 or min(args.save_every, args.monitor_every) < 1:
-        parser.error("--workers and --keep-every are at least 0, --save-every and --monitor-every "
-                     "at least 1")
+    if (min(args.workers, args.keep_every) < 0 or
+            min(args.save_every, args.checkpoints, args.monitor_every) < 1):
+        parser.error("--workers and --keep-every are at least 0, --save-every, --checkpoints and "
+                     "--monitor-every at least 1")
     if args.compile and args.pretrain != "personvit":
         parser.error("--compile is for --pretrain personvit")
     other = given or args.dataset != "synthetic" or args.pretrain or "weights" in args
@@ -418,7 +420,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]
 
 def main(argv: list[str] | None = None) -> None:
     args, given = parse_args(argv)
-    machine = Machine(args.device, args.workers, args.save_every, compile=args.compile)
+    machine = Machine(args.device, args.workers, args.save_every, args.checkpoints,
+                      compile=args.compile)
     if args.demo or args.study:
         # small images, kept in memory after the first epoch: worker processes would not pay
         machine.workers = 0

@@ -248,7 +248,7 @@ def pipeline(repeats: int, device: str, folder: Path) -> None:
             logged = []
             short = dataclasses.replace(recipe, epochs=epochs, bf16=device != "cpu")
             steps = len(PKSampler([r.pid for r in dataset.train]))
-            train.fine_tune(short, dataset, run, None, runs.Machine(device, 1, 10 ** 9, steps))
+            train.fine_tune(short, dataset, run, None, runs.Machine(device, 1, 10 ** 9, log_every=steps))
         for values in (logged[0], logged[-1]):
             print(f"    whole loop, epoch {values['epoch']}: {values['img_s']:,} img/s, waiting for data "
                   f"{values['wait']:.1%}")

@@ -87,7 +87,7 @@ def test_pretraining_ends_in_weights_that_fine_tune(dataset, tmp_path):
     frozen = dataclasses.replace(SMALL, freeze_last_layer=99)
     model, run = pretrain_run(dataset, tmp_path / "a", frozen, keep_every=2, monitor=dataset, monitor_every=3)
     names = sorted(p.name for p in run.folder.iterdir())
-    assert names == ["backbone.pth", "backbone_e0002.pth", "checkpoint.pth", "lock", "log.jsonl", "recipe.json"]
+    assert names == ["backbone.pth", "backbone_e0002.pth", run.checkpoints()[0].name, "lock", "log.jsonl", "recipe.json"]
     torch.manual_seed(SMALL.seed)
     start = PersonViT(weights.build_backbone("vit_mini", (64, 32), 0.2), 16, 16, 8, norm_last_layer=False)
     for name, p in model.named_parameters():                     # prototypes stood still, the rest moved
@@ -182,10 +182,10 @@ def test_a_bad_step_of_pretraining_touches_no_weight(dataset, tmp_path, monkeypa
         return losses
 
     monkeypatch.setattr(kind, "forward", forward)
-    with pytest.raises(InputError, match="step 2; the last good state is in .*checkpoint.pth"):
+    with pytest.raises(InputError, match="step 2; the last good state is in .*checkpoint_000000002.pth"):
         pretrain_run(dataset, tmp_path / "run", recipe, save_every=1)
     assert all(p.isfinite().all() for p in models[0].parameters())
-    state = torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)
+    state = torch.load(tmp_path / "run" / "checkpoint_000000002.pth", weights_only=True)
     assert state["step"] == 2 and all(v.isfinite().all() for v in state["model"].values())
 
 
@@ -228,7 +228,7 @@ def test_two_processes_equal_one(market, tmp_path, method):
     for processes in (None, 2):
         done = command(*flags, "--out", tmp_path / f"run{processes}", processes=processes)
         assert done.returncode == 0, done.stderr
-    one, two = (torch.load(tmp_path / f"run{p}" / "checkpoint.pth", weights_only=True) for p in (None, 2))
+    one, two = (torch.load(Run(tmp_path / f"run{p}", {}, True).checkpoints()[0], weights_only=True) for p in (None, 2))
     assert one["step"] == two["step"] == 16 // int(flags[flags.index("--batch") + 1]) * 2
     for name, value in one["model"].items():
         if name.endswith("qkv.bias"):  # softmax ignores the keys' bias; Adam makes steps of its rounding

@@ -223,13 +223,13 @@ CHECKPOINT = {"step": 1, "bad": [], "log_size": 0, "seconds": 1.5, "part": {"a":
 
 def test_run_folder_of_another_recipe(tmp_path):
     folder = tmp_path / "run"
-    save_in(Run(folder, {"lr": 0.1, "size": (4, 2)}), "checkpoint.pth", CHECKPOINT)
+    save_in(Run(folder, {"lr": 0.1, "size": (4, 2)}), "checkpoint_000000001.pth", CHECKPOINT)
     part = Part()
     assert Run(folder, {"lr": 0.1, "size": (4, 2)}).restore({"part": part}) == (1, set()) and part.state == {"a": 2}
     with pytest.raises(InputError, match=r"another recipe \(lr: 0.1 there, 0.2 now\).*--out.*--overwrite"):
         Run(folder, {"lr": 0.2, "size": (4, 2)})
     fresh = Run(folder, {"lr": 0.2}, overwrite=True)
-    assert (folder / "checkpoint.pth").exists()                  # looking deletes nothing
+    assert (folder / "checkpoint_000000001.pth").exists()                  # looking deletes nothing
     with fresh.begin():
         assert fresh.restore({"part": part}) == (0, set())
     (folder / "recipe.json").write_text("{")
@@ -250,19 +250,52 @@ def test_a_start_that_fails_leaves_no_trace(dataset, tmp_path):
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["model.pth"]
 
 
-def test_damaged_checkpoint_says_so_and_what_to_do(tmp_path):
+def test_damaged_checkpoints_are_passed_over(tmp_path, capsys):
+    run, names = Run(tmp_path / "run", {}), [f"checkpoint_00000000{step}.pth" for step in (1, 2, 3)]
+    save_in(run, names[0], CHECKPOINT)
+    for content in ({}, {"step": 1}, CHECKPOINT | {"log_size": "x"}, CHECKPOINT | {"seconds": None}, [1]):
+        save_in(run, names[1], content)
+        assert run.restore({"part": Part()})[0] == 1
+        assert f"{names[1]} is damaged" in (out := capsys.readouterr().out) and f"from {run.folder / names[0]}" in out
+    save_in(run, names[1], CHECKPOINT | {"step": 2})
+    whole = (run.folder / names[1]).read_bytes()
+    for size in (*range(0, len(whole), 97), len(whole) - 1):     # as a power cut may leave it
+        (run.folder / names[2]).write_bytes(whole[:size])
+        assert run.restore({"part": Part()})[0] == 2
+    for place in range(0, len(whole), 31):                       # a flipped bit is noticed, or does no harm
+        (run.folder / names[2]).write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1:])
+        part = Part()
+        assert run.restore({"part": part})[0] in (2, 3) and part.state == {"a": 2}
+    run.save_checkpoint(2, {k: v for k, v in CHECKPOINT.items() if k != "step"}, 2)   # goes on from before the damaged
+    assert [path.name for path in run.checkpoints()] == names[1::-1]
+
+
+def test_no_checkpoint_is_whole(tmp_path):
     run = Run(tmp_path / "run", {})
-    for content in ({}, {"step": 1}, CHECKPOINT | {"log_size": "x"}, [1]):
-        save_in(run, "checkpoint.pth", content)
-        with pytest.raises(InputError, match="checkpoint.pth is damaged .*delete it"):
-            run.restore({"part": Part()})
-    whole = (tmp_path / "run" / "checkpoint.pth").read_bytes()
-    (tmp_path / "run" / "checkpoint.pth").write_bytes(whole[:len(whole) // 2])
-    with pytest.raises(InputError, match="checkpoint.pth is damaged"):
+    for step in (1, 2):
+        save_in(run, f"checkpoint_00000000{step}.pth", {"step": step})
+    with pytest.raises(InputError, match="no checkpoint is whole; delete them"):
         run.restore({"part": Part()})
-    (tmp_path / "run" / "checkpoint.pth").unlink()
+    for path in run.checkpoints():
+        path.unlink()
     (tmp_path / "run" / "log.jsonl").write_text("lines of a run without a checkpoint")
     assert run.restore({"part": Part()}) == (0, set()) and run.log_size() == 0
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_so_many_checkpoints_are_kept(tmp_path, keep):
+    run = Run(tmp_path / "run", {})
+    for step in (5, 10, 99, 100, 1000):
+        run.save_checkpoint(step, {}, keep)
+    assert [int(path.stem[-9:]) for path in run.checkpoints()] == [1000, 100, 99, 10, 5][:keep]
+
+
+def test_what_a_killed_process_was_writing_is_swept_away(tmp_path):
+    run = Run(tmp_path / "run", {})
+    for name in ("checkpoint_000000001.pth.77.partial", "model.pth.78.partial", "mine.partial"):
+        (run.folder / name).write_text("half")
+    with run.begin():
+        assert sorted(p.name for p in run.folder.iterdir()) == ["lock", "mine.partial", "recipe.json"]
 
 
 def test_two_processes_cannot_share_a_folder(tmp_path):
@@ -291,16 +324,16 @@ def test_folder_that_cannot_be_written(tmp_path):
 
 def test_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     run = Run(tmp_path / "run", {})
-    save_in(run, "checkpoint.pth", CHECKPOINT)
+    save_in(run, "checkpoint_000000001.pth", CHECKPOINT)
 
     def full(_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(InputError, match="No space left"):
-        run.save("checkpoint.pth", CHECKPOINT | {"step": 2})
+        run.save_checkpoint(2, {}, keep=1)
     assert run.restore({"part": Part()})[0] == 1
-    assert sorted(p.name for p in run.folder.iterdir()) == ["checkpoint.pth", "lock", "recipe.json"]
+    assert sorted(p.name for p in run.folder.iterdir()) == ["checkpoint_000000001.pth", "lock", "recipe.json"]
 
 
 def test_other_data_is_another_run(dataset, tmp_path):
@@ -351,7 +384,7 @@ def test_ctrl_c_says_where_the_checkpoint_is_and_the_same_command_goes_on(tmp_pa
     os.killpg(process.pid, signal.SIGINT)                       # as the terminal does: workers get it too
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1 and "Traceback" not in err
-    stopped = int(re.search(r"stopped after step ([\d,]+) of 20,000; .*checkpoint.pth", err)[1].replace(",", ""))
+    stopped = int(re.search(r"stopped after step ([\d,]+) of 20,000; .*checkpoint_\d+.pth", err)[1].replace(",", ""))
     again = start_command(*args, "--epochs", 5000)
     text = ""
     while '"step"' not in text:
