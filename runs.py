@@ -175,8 +175,8 @@ class Run:
                 step, bad = int(state["step"]), set(state["bad"])
                 print(f"going on at step {step:,} from {path}", flush=True)
                 return step, bad
-            except (InputError, zipfile.BadZipFile, OSError, LookupError, TypeError, ValueError,
-                    RuntimeError, AttributeError) as error:
+            except (InputError, zipfile.BadZipFile, OSError, EOFError, LookupError, TypeError,
+                    ValueError, RuntimeError, AttributeError) as error:
                 print(f"WARNING: {path} is damaged ({str(error)[:150]})", flush=True)
         if found:
             raise InputError(f"{self.folder}: no checkpoint is whole; delete them to start from "
