@@ -58,28 +58,34 @@ class EvalImages(torch.utils.data.Dataset):
 
 @torch.inference_mode()
 def extract(model: nn.Module, records: list[Record], size: tuple[int, int], mean, std,
-            batch_size: int = 128, workers: int = 2, device: str = "cpu",
-            bf16: bool = False) -> tuple[Tensor, Tensor]:
+            batch_size: int = 128, workers: int = 2, device: str = "cpu", bf16: bool = False,
+            rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
     """L2-normalised features (N, D) in float32 and image numbers (N,): equal bytes, equal number.
 
-    Raises InputError, naming the file, for an unreadable image or a feature that is not finite.
+    Of several processes each takes every world-th batch, and all return all features. Raises
+    InputError, naming the file, for an unreadable image or a feature that is not finite.
     """
     model.eval()
-    loader = torch.utils.data.DataLoader(EvalImages(records, size), batch_size, num_workers=workers,
+    batches = torch.arange(len(records)).split(batch_size)
+    loader = torch.utils.data.DataLoader(EvalImages(records, size), num_workers=workers,
+                                         batch_sampler=[b.tolist() for b in batches[rank::world]],
                                          pin_memory=device != "cpu", worker_init_fn=quiet_worker)
-    features, numbers = [], []
+    done = []
     for images, number in loader:
         images = normalize(images.to(device, non_blocking=True), mean, std)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
             feature = model(images)
-        features.append(F.normalize(feature.float(), dim=1).cpu())           # (B, D)
-        numbers.append(number)
-    features = torch.cat(features)
+        done.append((F.normalize(feature.float(), dim=1).cpu(), number))     # (B, D), (B,)
+    if world > 1:  # the same batches as in one process, so the very same features
+        parts: list = [None] * world
+        torch.distributed.all_gather_object(parts, done)
+        done = [parts[i % world][i // world] for i in range(len(batches))]
+    features, numbers = map(torch.cat, zip(*done))
     bad = (~features.isfinite().all(1)).nonzero().flatten().tolist()
     if bad:
         raise InputError(f"{len(bad)} of {len(features)} features are not finite, first for "
                          f"{records[bad[0]].path}: the weights hold NaN or have diverged")
-    return features, torch.cat(numbers)
+    return features, numbers
 
 
 def quiet_worker(_: int) -> None:

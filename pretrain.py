@@ -137,6 +137,7 @@ class Method:
     schedule: Callable               # (step, steps per epoch) -> lr, weight_decay, momentum, ...
     losses: Callable                 # (views, schedule's values) -> total, its parts, diagnostics
     clip: Callable                   # (epoch) -> norm of the gradients, which it may change
+    batch_dim: int                   # of the views
     reference: dict[str, float]      # what the losses are to be compared with in the log
     statistics: tuple                # mean and std of the views
 
@@ -176,7 +177,7 @@ def personvit(recipe: PersonViTRecipe, machine: Machine) -> Method:
 
     return Method(model, torch.optim.AdamW(matrix_groups(model), fused=True), views,
                   lambda step, epoch_steps: personvit_schedule(recipe, step, epoch_steps), losses,
-                  clip, {"ln_K": math.log(recipe.prototypes)}, (IMAGENET_MEAN, IMAGENET_STD))
+                  clip, 1, {"ln_K": math.log(recipe.prototypes)}, (IMAGENET_MEAN, IMAGENET_STD))
 
 
 def personvit_schedule(recipe: PersonViTRecipe, step: int, epoch_steps: int) -> dict[str, float]:
@@ -221,20 +222,22 @@ def upreid(recipe: UPReIDRecipe, machine: Machine) -> Method:
     if recipe.weight_local and recipe.hardest >= recipe.stripes:
         raise InputError(f"--hardest {recipe.hardest}: an image has {recipe.stripes - 1} other "
                          f"stripes")
-    if recipe.groups % machine.world:
-        raise InputError(f"--groups {recipe.groups} must be a multiple of the {machine.world} "
-                         f"processes")
+    parts = machine.world * machine.accumulate
+    if recipe.groups % parts:
+        raise InputError(f"--groups {recipe.groups} must be a multiple of {parts}: {machine.world} "
+                         f"processes x --accum {machine.accumulate}")
     if recipe.batch % recipe.groups or recipe.batch < 2 * recipe.groups:
         raise InputError(f"--batch {recipe.batch} cannot be cut into --groups {recipe.groups} of "
                          f"at least 2 images")
-    if recipe.groups == 1:
-        print("WARNING: with --groups 1 queries and keys share batch statistics, by which the "
-              "network may recognise the batch instead of the person")
+    if recipe.groups == machine.accumulate:
+        print(f"WARNING: with --groups {recipe.groups} --accum {machine.accumulate} queries and "
+              f"keys share batch statistics, by which the network may recognise the batch instead "
+              f"of the person")
     backbone = build_backbone(recipe.arch, last_stride=2)      # as in ImageNet training [LUP]
     model = UPReID(backbone, recipe.dim, recipe.queue, hardest=recipe.hardest,
                    temperature=recipe.temperature, temperature_global=recipe.temperature_global,
                    temperature_local=recipe.temperature_local, weight_global=recipe.weight_global,
-                   weight_local=recipe.weight_local, groups=recipe.groups // machine.world)
+                   weight_local=recipe.weight_local, groups=recipe.groups // parts)
     model = model.to(machine.device, memory_format=torch.channels_last).train()
     contrast_views = ContrastViews(recipe.weight_global > 0,
                                    recipe.stripes if recipe.weight_local else 0,
@@ -255,7 +258,7 @@ def upreid(recipe: UPReIDRecipe, machine: Machine) -> Method:
         return torch.stack(torch._foreach_norm([p.grad for p in trained])).norm()
 
     return Method(model, optimizer, lambda x, step: contrast_views(x, recipe.seed, step), schedule,
-                  lambda views, now: model(views), clip, reference, (LUP_MEAN, LUP_STD))
+                  lambda views, now: model(views), clip, 0, reference, (LUP_MEAN, LUP_STD))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -274,9 +277,9 @@ def pretrain(recipe: PersonViTRecipe | UPReIDRecipe, dataset, run: Run, machine:
     torch.manual_seed(recipe.seed)
     if torch.device(machine.device).type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for the float32 products of the losses
-    if recipe.batch % machine.world:
+    if recipe.batch % (machine.world * machine.accumulate):
         raise InputError(f"--batch {recipe.batch} cannot be shared evenly by {machine.world} "
-                         f"processes")
+                         f"processes x --accum {machine.accumulate}")
     if monitor and not (monitor.query and monitor.gallery):
         raise InputError(f"--monitor {monitor.name} has no query or no gallery images")
     sampler = ShuffleSampler(len(dataset.train), recipe.batch // machine.world, recipe.seed,
@@ -291,19 +294,22 @@ def pretrain(recipe: PersonViTRecipe | UPReIDRecipe, dataset, run: Run, machine:
         now = method.schedule(step, len(sampler))
         for group in optimizer.param_groups:
             group["lr"], group["weight_decay"] = now["lr"], now["weight_decay"] * group["decay"]
-        views = method.views(x, step)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.bf16):
-            losses = method.losses(views, now)
+        views, n = method.views(x, step), machine.accumulate
+        split = {name: v.chunk(n, method.batch_dim) for name, v in views.items()}
         optimizer.zero_grad()
-        losses["total"].backward()
+        values = 0
+        for i in range(n):
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.bf16):
+                losses = method.losses({name: parts[i] for name, parts in split.items()}, now)
+            (losses["total"] / n).backward()  # the gradients add up to that of the whole batch
+            values += torch.stack([v.detach().float() for v in losses.values()]) / n
         average_gradients(model.parameters())
         # what is logged, and found not finite, is the mean over all processes
-        values = gathered_mean(torch.stack([v.detach().float() for v in losses.values()]))
-        logged = dict(zip(losses, values))
+        logged = dict(zip(losses, gathered_mean(values)))
         norm = method.clip(step // len(sampler))
         # a fused optimiser skips a step whose gradient is not finite, without the host having to
         # look; `loop` looks before it logs or saves, and stops the run
-        optimizer.found_inf = 1 - (logged["total"] + norm).isfinite().float()
+        optimizer.found_inf = 1 - (logged["total"] + norm).isfinite().to(torch.float32)
         optimizer.step()
         model.update_teacher(now["momentum"])
         return {**logged, **method.reference, "grad_norm": norm, **now}

@@ -32,6 +32,8 @@ except ImportError:  # Windows
 from augment import step_generator
 from data import Images, InputError, closest, write_atomic
 from evaluate import quiet_worker
+from personvit import gathered_mean
+from upreid import gathered, part_of, world_size
 from weights import read_checkpoint
 
 # ---------------------------------------------------------------------------------------------
@@ -229,14 +231,16 @@ def stop_requests():
 @dataclass
 class Machine:
     """Where and how a run computes; nothing here changes its result on one kind of device, beyond
-    rounding and, with several processes, stochastic depth's draws and the running statistics of
-    batch norms (the first process's are saved)."""
+    rounding, and for several processes or passes: stochastic depth's draws; in pre-training, the
+    running statistics of batch norms (the first process's are saved) and, for several passes, which
+    keys of UP-ReID are normalised together."""
 
     device: str = "cpu"
     workers: int = 2          # decoding processes
     save_every: int = 500     # steps between checkpoints
     checkpoints: int = 2      # of which so many are kept
     log_every: int = 20       # steps between log lines
+    accumulate: int = 1       # passes that a step of pre-training is split into, for less memory
     compile: bool = False     # fuse the ViT blocks' small operations with torch.compile
     rank: int = 0             # this process among
     world: int = 1            # ... the processes that share each batch
@@ -322,6 +326,67 @@ def average_gradients(parameters) -> None:
         flat /= dist.get_world_size()
         parts = flat.split([g.numel() for g in grads])
         torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads)])
+
+
+class AllRows(torch.autograd.Function):
+    """`all_rows`; backward keeps this process's rows, times the number of processes."""
+
+    @staticmethod
+    def forward(_, x: Tensor) -> Tensor:
+        return gathered(x)
+
+    @staticmethod
+    def backward(_, grad: Tensor) -> Tensor:
+        return part_of(grad) * world_size()
+
+
+def all_rows(x: Tensor) -> Tensor:
+    """Rows of all processes, (B, ...) -> (n, ...), for a loss that each computes of all of them.
+
+    Every process then has the whole gradient of its own rows; `average_gradients` will divide what
+    these do to a weight by the number of processes, so it is multiplied here.
+    """
+    return AllRows.apply(x) if together() else x
+
+
+class MeanOverAll(torch.autograd.Function):
+    """Mean of a tensor over all processes, and of its gradient: all losses depend on it."""
+
+    @staticmethod
+    def forward(_, x: Tensor) -> Tensor:
+        return gathered_mean(x.clone())
+
+    @staticmethod
+    def backward(_, grad: Tensor) -> Tensor:
+        return gathered_mean(grad.clone())
+
+
+class SharedBatchNorm(torch.nn.BatchNorm2d):
+    """Batch norm (B, C, H, W) by the statistics of all processes' images, as if one had them all.
+
+    torch.nn.SyncBatchNorm does the same on GPUs alone, faster; this one is also tested.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and together()):
+            return super().forward(x)
+        dims, x32 = (0, 2, 3), x.to(torch.promote_types(x.dtype, torch.float32))
+        mean = MeanOverAll.apply(x32.mean(dims, keepdim=True))               # (1, C, 1, 1)
+        var = MeanOverAll.apply((x32 - mean).square().mean(dims, keepdim=True))
+        with torch.no_grad():
+            n = x[:, 0].numel() * world_size()
+            self.running_mean.lerp_(mean.flatten(), self.momentum)
+            self.running_var.lerp_(var.flatten() * n / (n - 1), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight[:, None, None] * (var + self.eps).rsqrt()        # (1, C, 1, 1)
+        return (x32 * scale + (self.bias[:, None, None] - mean * scale)).to(x.dtype)
+
+
+def share_batch_norms(net: torch.nn.Module) -> None:
+    """Let several processes normalise as one; parameters and names stay."""
+    for module in net.modules():
+        if together() and isinstance(module, torch.nn.BatchNorm2d):
+            module.__class__ = SharedBatchNorm
 
 
 # ---------------------------------------------------------------------------------------------

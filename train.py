@@ -30,8 +30,9 @@ from data import NAMES, Images, InputError, PKSampler, command_line, load_datase
 from evaluate import (colour_histograms, device_name, draw_ranks, evaluate, rank_features,
                       similarity_ranges)
 from pretrain import LAPTOP_ARCHS, RECIPES, pretrain, pretrain_recipe_for
-from runs import (Machine, Run, check_finite, check_recipe, cosine, first_then_others, loop,
-                  open_run, option, processes)
+from runs import (Machine, Run, all_rows, average_gradients, check_finite, check_recipe, cosine,
+                  first_then_others, loop, open_run, option, processes, share_batch_norms)
+from upreid import gathered
 from weights import ARCHS, ReIDModel, build_backbone, load_weights
 
 # ---------------------------------------------------------------------------------------------
@@ -170,29 +171,34 @@ def fine_tune(recipe: Recipe, dataset, run: Run, weights: str | None,
     """
     torch.manual_seed(recipe.seed)
     labels = torch.tensor([r.pid for r in dataset.train])
-    sampler = PKSampler(labels, recipe.ids, recipe.images, recipe.seed)
+    sampler = PKSampler(labels, recipe.ids, recipe.images, recipe.seed, machine.rank, machine.world)
     backbone = build_backbone(recipe.arch, recipe.size, recipe.drop_path, recipe.last_stride)
     model = ReIDModel(backbone, int(labels.max()) + 1, recipe.neck_feat)
     print(load_weights(weights, backbone) if weights else
           "WARNING: random weights (no --weights): the published recipes assume pre-trained ones")
+    share_batch_norms(backbone)
     model.to(machine.device, memory_format=torch.channels_last).train()
     optimizer = make_optimizer(recipe, model)
     transform = FineTuneTransform(*recipe.statistics, noise=recipe.erase == "noise",
-                                  erase_area=1 / 3 if recipe.erase == "noise" else 0.4)
+                                  erase_area=1 / 3 if recipe.erase == "noise" else 0.4,
+                                  rank=machine.rank, world=machine.world)
 
     def take_step(step: int, x: Tensor, used: Tensor) -> dict[str, Tensor | float]:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(recipe, step // len(sampler), group["scale"])
-        y = labels[used].to(x.device)                                       # (B,)
         x = transform(x, recipe.seed, step)                                 # (B, 3, H, W) float
         with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.bf16):
-            scores, feature = model(x)                                      # (B, ids), (B, D)
+            # the hardest pair may lie in two processes: each computes the loss of the whole batch
+            feature = all_rows(backbone(x).float())                         # (n, D), n = P K
+            scores, feature = model.head(feature)                           # (n, ids), (n, D)
+        y = labels[gathered(used)].to(x.device)                             # (n,)
         id_loss = F.cross_entropy(scores.float(), y, label_smoothing=recipe.smoothing)
         triplet = triplet_loss(feature, y, recipe.margin)
         loss = id_loss + triplet
         check_finite(loss.detach(), step, run)
         optimizer.zero_grad()
         loss.backward()
+        average_gradients(model.parameters())
         optimizer.step()
         return {"total": loss, "id": id_loss, "triplet": triplet,
                 "accuracy": (scores.argmax(1) == y).float().mean(),
@@ -226,7 +232,7 @@ def fine_tune_and_evaluate(recipe: Recipe, dataset, out, overwrite: bool = False
         print(f"saved {run.folder}/model.pth; {dataset.name} has no queries to evaluate it with")
         return None
     result, q, g = evaluate(model, dataset, stored, workers=machine.workers, device=machine.device,
-                            bf16=recipe.bf16)
+                            bf16=recipe.bf16, rank=machine.rank, world=machine.world)
     numbers = {"mAP": result.mAP, "mAP_market": result.mAPs["market"],
                **{f"rank{k}": float(result.cmc[k - 1]) for k in (1, 5, 10)},
                "cmc": result.cmc.tolist(), "similarity": similarity_ranges(q, g),
@@ -375,6 +381,8 @@ def make_parser(recipe_class=Recipe) -> argparse.ArgumentParser:
     add("--workers", type=int, default=min(os.cpu_count() or 1, 8), help="decoding processes")
     add("--save-every", type=int, default=500, metavar="STEPS", help="checkpoint interval")
     add("--checkpoints", type=int, default=2, metavar="N", help="how many of them are kept")
+    add("--accum", type=int, default=1, metavar="N",
+        help="pre-training: passes that a step is split into, for less memory")
     add("--compile", action="store_true", help="PersonViT pre-training: use torch.compile")
     add("--demo", action="store_true", help="everything on synthetic people, one seed")
     add("--study", action="store_true", help="the demo's table over three seeds")
@@ -403,9 +411,11 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]
     args = parser.parse_args(argv)
     given = {k: v for k, v in vars(args).items() if k in kind.__dataclass_fields__}
     if (min(args.workers, args.keep_every) < 0 or
-            min(args.save_every, args.checkpoints, args.monitor_every) < 1):
-        parser.error("--workers and --keep-every are at least 0, --save-every, --checkpoints and "
-                     "--monitor-every at least 1")
+            min(args.save_every, args.checkpoints, args.monitor_every, args.accum) < 1):
+        parser.error("--workers and --keep-every are at least 0, --save-every, --checkpoints, "
+                     "--monitor-every and --accum at least 1")
+    if args.accum > 1 and not args.pretrain:
+        parser.error("--accum is for --pretrain: the triplet loss needs its whole batch at once")
     if args.compile and args.pretrain != "personvit":
         parser.error("--compile is for --pretrain personvit")
     other = given or args.dataset != "synthetic" or args.pretrain or "weights" in args
@@ -421,7 +431,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]
 def main(argv: list[str] | None = None) -> None:
     args, given = parse_args(argv)
     machine = Machine(args.device, args.workers, args.save_every, args.checkpoints,
-                      compile=args.compile)
+                      accumulate=args.accum, compile=args.compile)
     if args.demo or args.study:
         # small images, kept in memory after the first epoch: worker processes would not pay
         machine.workers = 0
@@ -452,8 +462,6 @@ def main(argv: list[str] | None = None) -> None:
             print(f"saved {run.folder}/backbone.pth; fine-tune it with: python train.py --dataset "
                   f"{labelled} --arch {recipe.arch} --weights {run.folder}/backbone.pth")
             return
-        if machine.world > 1:
-            raise InputError("fine-tuning runs in one process: start it with python, not torchrun")
         fine_tune_and_evaluate(recipe, dataset, out, args.overwrite,
                                getattr(args, "weights", None), machine)
 

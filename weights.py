@@ -69,7 +69,10 @@ class ReIDModel(nn.Module):
         nn.init.normal_(self.classifier.weight, std=0.001)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        feature = self.base(x).float()                # (B, D); statistics and losses in float32
+        return self.head(self.base(x).float())        # (B, D); statistics and losses in float32
+
+    def head(self, feature: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """What forward returns, of the backbone's features (B, D)."""
         if not self.training and self.neck_feat == "before":
             return feature
         neck = self.bottleneck(feature)               # (B, D)

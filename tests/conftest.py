@@ -14,7 +14,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import load_dataset  # noqa: E402  (found through the line above)
+from augment import per_channel  # noqa: E402  (found through the line above)
+from data import load_dataset  # noqa: E402
 
 
 def pytest_configure(config):
@@ -73,11 +74,24 @@ def log_lines(folder: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k not in ("img_s", "wait", "left")} for line in lines]
 
 
-def command(*args, processes=None, **kwargs):
+def command(*args, processes=None, script=ROOT / "train.py", **kwargs):
     """train.py with these arguments, in one process or as torchrun starts it in several."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--"] if processes else []
-    return subprocess.run([sys.executable, *launcher, ROOT / "train.py", *map(str, args)], capture_output=True,
-                          text=True, **kwargs)
+    return subprocess.run([sys.executable, *launcher, script, *map(str, args)], capture_output=True, text=True, **kwargs)
+
+
+DOUBLE = ROOT / "tests" / "double.py"  # a script for `command`
+
+
+@pytest.fixture
+def doubles(monkeypatch):
+    """Doubles for floats, in this process, while a test runs."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    per_channel.cache_clear()
+    yield
+    torch.set_default_dtype(torch.float32)
+    per_channel.cache_clear()
 
 
 def start_command(*args):

@@ -42,9 +42,9 @@ def test_command_parses(command):
 EDGES = {"upreid": set(), "personvit": set(), "synthetic": set(), "augment": set(), "data": {"synthetic"},
          "weights": {"upreid", "personvit", "data", "augment"}, "pictures": {"data"}, "ranking": {"data"},
          "evaluate": {"weights", "ranking", "pictures", "data", "augment", "personvit"},
-         "runs": {"data", "augment", "evaluate", "weights"},
+         "runs": {"data", "augment", "evaluate", "weights", "personvit", "upreid"},
          "pretrain": {"data", "augment", "evaluate", "weights", "personvit", "upreid", "runs"},
-         "train": {"data", "augment", "evaluate", "weights", "pretrain", "runs"}}
+         "train": {"data", "augment", "evaluate", "weights", "pretrain", "runs", "upreid"}}
 METHOD_FILES = {"upreid": {"torch"}, "personvit": {"torch"}}
 PACKAGES = {"torch", "torchvision", "numpy", "scipy", "PIL"}
 

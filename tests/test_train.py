@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, Golden, command, log_lines, market_tree, start_command
+from conftest import DOUBLE, ROOT, Golden, command, log_lines, market_tree, start_command
 
 import train
 from data import InputError, load_dataset
-from weights import ARCHS, ReIDModel
+from weights import ARCHS, ReIDModel, build_backbone
 from personvit import VisionTransformer
 from runs import Machine, Run, cosine
 from train import Recipe, fine_tune, hardest, learning_rate, make_optimizer, recipe_for, triplet_loss
@@ -394,6 +394,41 @@ def test_ctrl_c_says_where_the_checkpoint_is_and_the_same_command_goes_on(tmp_pa
     assert f"going on at step {stopped:,}" in text
     done = command(*args, "--epochs", "5001")
     assert done.returncode == 1 and "epochs: 5000 there, 5001 now" in done.stderr
+
+
+@pytest.mark.parametrize("arch", ["resnet_tiny", "vit_mini"])
+def test_two_processes_equal_one(tmp_path, arch):
+    """Losses, weights and running statistics after ten steps, and then the evaluation."""
+    market_tree(tmp_path / "market1501", ids=5, images=3)
+    flags = ["--dataset", tmp_path / "market1501", "--arch", arch, "--size", "64x32", "--epochs", 5, "--ids", 4,
+             "--images", 4, "--workers", 0, "--drop-path", 0, "--save-every", 10]
+    for processes in (None, 2):
+        done = command(*flags, "--out", tmp_path / f"run{processes}", processes=processes, script=DOUBLE)
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.count("saved ") == 1                      # the first process speaks for all
+    folders = [tmp_path / f"run{processes}" for processes in (None, 2)]
+    one, two = (torch.load(folder / "checkpoint_000000010.pth", weights_only=True)["model"] for folder in folders)
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-7, atol=1e-8, msg=lambda m: f"{name}: {m}")
+    assert log_lines(folders[0]) == log_lines(folders[1]) != []
+    results = [json.loads((folder / "results.json").read_text()) for folder in folders]
+    assert all(results[0][key] == results[1][key] for key in ("mAP", "cmc", "valid", "queries"))
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_an_evaluation(tmp_path, processes):
+    """Of the same weights the same numbers, to the last bit; one process has no batch of its own."""
+    market_tree(tmp_path / "market1501", ids=131, images=2)      # 131 queries, 262 images: batches of 128 and less
+    model = ReIDModel(build_backbone("resnet_tiny"), 5)
+    torch.save(model.base.state_dict(), tmp_path / "weights.pth")
+    flags = ["--dataset", tmp_path / "market1501", "--arch", "resnet_tiny", "--size", "32x16", "--epochs", 0,
+             "--weights", tmp_path / "weights.pth", "--workers", 0, "--ids", 12]
+    for n in (None, processes):
+        done = command(*flags, "--out", tmp_path / f"run{n}", processes=n)
+        assert done.returncode == 0, done.stderr
+    one, two = (json.loads((tmp_path / f"run{n}" / "results.json").read_text()) for n in (None, processes))
+    one.pop("minutes"), two.pop("minutes")
+    assert one == two and one["queries"] == 131
 
 
 def test_end_to_end_beats_the_untrained_network(tmp_path):
