@@ -2,7 +2,7 @@
 #   PYTHON=python make test        uses the environment you are in
 
 .DEFAULT_GOAL := help
-.PHONY: help demo study ablation test pretrain-upreid pretrain-personvit finetune evaluate bench clean
+.PHONY: help demo study ablation test stress pretrain-upreid pretrain-personvit finetune evaluate bench clean
 
 DATASET   ?= synthetic
 DATA_ROOT ?= data
@@ -37,6 +37,9 @@ ablation: $(SETUP)  ## UP-ReID's losses one by one, three seeds: DATASET=market1
 
 test: $(SETUP)  ## all tests, on the CPU
 	$(PYTHON) -m pytest -q tests *.py --doctest-modules
+
+stress: $(SETUP)  ## kill trainings at random moments, go on, compare: FLAGS="--kills 20"
+	$(PYTHON) tests/stress.py $(FLAGS)
 
 pretrain-upreid: $(SETUP)  ## UP-ReID pre-training: DATASET=luperson GPUS=8, or any folder
 	$(TRAIN) --pretrain upreid --dataset $(DATASET) --data-root $(DATA_ROOT) \

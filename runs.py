@@ -422,8 +422,10 @@ def loop(run: Run, images: Images, sampler, recipe, parts: dict, take_step, mach
     images; take_step does for a loss that is not finite (`check_finite`).
     """
     last, meter = recipe.epochs * len(sampler), Meter()
+    parts = {**parts, "meter": meter}
     with run.begin(), stop_requests() as stop:
         (first, bad), start = run.restore(parts), time.perf_counter()
+        meter.start_clock()
         loader = batches(images, sampler, first, recipe.epochs, machine.workers)
         for step, (x, asked, used) in enumerate(meter.waiting(loader), first):
             bad.update(asked[asked != used].tolist())
@@ -478,14 +480,24 @@ def check_broken(bad: set[int], records) -> None:
 
 
 class Meter:
-    """Means between two log lines, images per second, and the share of time spent waiting."""
+    """Means between two log lines, images per second, and the share of time spent waiting.
+
+    The sums belong into the checkpoint: a line that spans a stop shall be the line it would have
+    been. What a clock measures begins anew.
+    """
 
     def __init__(self):
-        self.reset()
+        self.sums, self.steps = {}, 0
+        self.start_clock()
 
-    def reset(self) -> None:
-        self.sums, self.steps, self.images, self.waited = {}, 0, 0, 0.0
-        self.since = time.perf_counter()
+    def start_clock(self) -> None:
+        self.timed, self.images, self.waited, self.since = 0, 0, 0.0, time.perf_counter()
+
+    def state_dict(self) -> dict:
+        return {"sums": dict(self.sums), "steps": self.steps}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.sums, self.steps = dict(state["sums"]), int(state["steps"])
 
     def waiting(self, loader):
         """Pass batches through, counting the time the loop stands still for each."""
@@ -502,16 +514,17 @@ class Meter:
         for name, value in values.items():  # summed on the device: reading would wait for the GPU
             value = value.detach() if isinstance(value, Tensor) else value
             self.sums[name] = self.sums.get(name, 0) + value
-        self.steps, self.images = self.steps + 1, self.images + images
+        self.steps, self.timed, self.images = self.steps + 1, self.timed + 1, self.images + images
 
     def read(self, steps_left: int) -> dict[str, float | str]:
         values = {name: float(total) / self.steps for name, total in self.sums.items()}
         seconds = time.perf_counter() - self.since
-        left = seconds / self.steps * steps_left
+        left = seconds / self.timed * steps_left
         values |= {"img_s": round(self.images / seconds, 1),
                    "wait": round(self.waited / seconds, 3),
                    "left": f"{int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d}"}
-        self.reset()
+        self.sums, self.steps = {}, 0
+        self.start_clock()
         return values
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from conftest import DOUBLE, ROOT, Golden, command, log_lines, market_tree, start_command
 
+import stress
 import train
 from data import InputError, load_dataset
 from weights import ARCHS, ReIDModel, build_backbone
@@ -394,6 +395,12 @@ def test_ctrl_c_says_where_the_checkpoint_is_and_the_same_command_goes_on(tmp_pa
     assert f"going on at step {stopped:,}" in text
     done = command(*args, "--epochs", "5001")
     assert done.returncode == 1 and "epochs: 5000 there, 5001 now" in done.stderr
+
+
+@pytest.mark.parametrize("kind", stress.RUNS)
+def test_killed_at_random_moments(tmp_path, kind):
+    """`make stress` does the same twenty times; kill_often raises unless all is equal, to the last bit."""
+    assert f"{kind}: 3 kills" in stress.kill_often(kind, tmp_path, kills=3, seed=1)
 
 
 @pytest.mark.parametrize("arch", ["resnet_tiny", "vit_mini"])
