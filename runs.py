@@ -270,7 +270,8 @@ def processes(machine: Machine):
     except RuntimeError as error:
         if "onnection" not in str(error):  # gloo: Connection closed by peer, Connection reset
             raise
-        sys.exit(f"process {rank}: another process has ended; its message says why")
+        sys.exit(f"process {rank}: another process has ended, see its message if it had time for "
+                 f"one; the same command goes on from the last checkpoint")
     finally:
         dist.destroy_process_group()
 
@@ -425,6 +426,9 @@ def loop(run: Run, images: Images, sampler, recipe, parts: dict, take_step, mach
     parts = {**parts, "meter": meter}
     with run.begin(), stop_requests() as stop:
         (first, bad), start = run.restore(parts), time.perf_counter()
+        if len(union({first})) > 1:
+            raise InputError(f"{run.folder}: not all processes see the same checkpoints; several "
+                             f"machines need a folder on a file system that they share")
         meter.start_clock()
         loader = batches(images, sampler, first, recipe.epochs, machine.workers)
         for step, (x, asked, used) in enumerate(meter.waiting(loader), first):

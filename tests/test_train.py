@@ -6,8 +6,10 @@ import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -420,6 +422,52 @@ def test_two_processes_equal_one(tmp_path, arch):
     assert log_lines(folders[0]) == log_lines(folders[1]) != []
     results = [json.loads((folder / "results.json").read_text()) for folder in folders]
     assert all(results[0][key] == results[1][key] for key in ("mAP", "cmc", "valid", "queries"))
+
+
+def small_run(tmp_path, epochs: int) -> list[str]:
+    """Flags of a fine-tuning of 2 steps per epoch."""
+    market_tree(tmp_path / "market1501", ids=5, images=3)
+    return list(map(str, ["--dataset", tmp_path / "market1501", "--arch", "vit_mini", "--size", "64x32", "--ids", 4,
+                          "--images", 4, "--workers", 0, "--drop-path", 0, "--save-every", 2, "--epochs", epochs]))
+
+
+def launch(launcher: list, script, flags: list) -> subprocess.Popen:
+    """A launcher of processes, as torchrun is."""
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *map(str, launcher), "--", script, *flags],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_two_machines_equal_one(tmp_path):
+    """Two node agents, here on one machine, joined as the README says."""
+    flags = small_run(tmp_path, epochs=2)
+    assert command(*flags, "--out", tmp_path / "one", script=DOUBLE).returncode == 0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = [launch(["--nnodes", 2, "--node-rank", n, "--master-addr", "127.0.0.1", "--master-port", port,
+                     "--nproc-per-node", 1], DOUBLE, [*flags, "--out", tmp_path / "two"]) for n in (0, 1)]
+    for node in nodes:
+        _, err = node.communicate(timeout=300)
+        assert node.returncode == 0, err
+    one, two = (torch.load(tmp_path / n / "checkpoint_000000004.pth", weights_only=True)["model"] for n in ("one", "two"))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-7, atol=1e-8, msg=lambda m: f"{name}: {m}")
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the processes in /proc")
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_dies_ends_the_others(tmp_path, victim):
+    agent = launch(["--standalone", "--nproc-per-node", 2], ROOT / "train.py",
+                   [*small_run(tmp_path, epochs=50_000), "--out", tmp_path / "run"])
+    while '"step"' not in agent.stdout.readline():
+        assert agent.poll() is None, agent.stderr.read()
+    for child in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split():
+        if f"\0RANK={victim}\0".encode() in Path(f"/proc/{child}/environ").read_bytes():
+            os.kill(int(child), signal.SIGKILL)
+    _, err = agent.communicate(timeout=60)
+    ours = [line for line in err.splitlines() if "another process has ended" in line]
+    assert agent.returncode != 0 and len(ours) == 1 and ours[0].startswith(f"process {1 - victim}: "), err
+    assert Run(tmp_path / "run", {}, overwrite=True).checkpoints()
 
 
 @pytest.mark.parametrize("processes", [2, 3])
