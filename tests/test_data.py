@@ -176,6 +176,34 @@ def test_command_line(tmp_path):
     assert run().returncode == 2
 
 
+@pytest.mark.parametrize("name", ["market1501", "luperson", "folder"])
+def test_order_of_the_file_system_changes_nothing(tmp_path, monkeypatch, name):
+    market_tree(tmp_path / name)
+    where = tmp_path / name if name == "folder" else name
+    first, scandir = load_dataset(where, tmp_path), os.scandir
+    (tmp_path / "luperson.index.txt").unlink(missing_ok=True)
+
+    class Backwards:
+        def __init__(self, *args):
+            self.entries = sorted(scandir(*args), key=lambda entry: entry.name)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def __next__(self):
+            if not self.entries:
+                raise StopIteration
+            return self.entries.pop()
+
+    monkeypatch.setattr(os, "scandir", Backwards)
+    second = load_dataset(where, tmp_path)
+    assert first.fingerprint() == second.fingerprint() and list(first.train) == list(second.train) != []
+    assert first.query == second.query and first.gallery == second.gallery
+
+
 def test_links_and_folders_that_cannot_be_listed(tmp_path, monkeypatch):
     write_image(tmp_path / "elsewhere" / "0001_c1.jpg")
     (tmp_path / "set").mkdir()

@@ -470,6 +470,17 @@ def test_a_process_that_dies_ends_the_others(tmp_path, victim):
     assert Run(tmp_path / "run", {}, overwrite=True).checkpoints()
 
 
+def test_seed_decides_alone(tmp_path):
+    """Hash seed and number of workers change no bit of a run."""
+    flags = small_run(tmp_path, epochs=2)
+    for name, workers in (("a", 0), ("b", 2)):
+        done = command(*flags[:flags.index("--workers")], "--workers", workers, *flags[flags.index("--workers") + 2:],
+                       "--out", tmp_path / name, env=os.environ | {"PYTHONHASHSEED": str(workers)})
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a" / "model.pth").read_bytes() == (tmp_path / "b" / "model.pth").read_bytes()
+    assert log_lines(tmp_path / "a") == log_lines(tmp_path / "b") != []
+
+
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_share_an_evaluation(tmp_path, processes):
     """Of the same weights the same numbers, to the last bit; one process has no batch of its own."""
