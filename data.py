@@ -419,7 +419,12 @@ def load_unlabelled(root: Path) -> Dataset:
     index = source.with_name(source.name + ".index.txt")
     if not index.exists():
         print(f"listing {source} once ...", flush=True)
-        text = "".join(os.path.relpath(p, source) + "\n" for p in list_images(source, True))
+        paths = [os.path.relpath(p, source) for p in list_images(source, True)]
+        broken = [p for p in paths if "\n" in p or "\r" in p]
+        if broken:
+            raise InputError(f"{source}: {broken[0]!r} has a line break in its name and cannot be "
+                             f"listed; rename it")
+        text = "\n".join([*paths, ""])
         if not os.access(index.parent, os.W_OK):
             index = Path(tempfile.mkdtemp()) / index.name
             print(f"WARNING: {source.parent} is not writable, "
