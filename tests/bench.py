@@ -4,13 +4,16 @@
    change of the machine's mood hits both; ratio = median of the paired times (below 1: ours is faster)
 2. the pre-training step beside the plain formulation that the reference code has
    and UP-ReID's beside MoCo v2's
-3. images per second: decoded and resized; augmented; fine-tuning step from memory; the whole loop
+3. each training from files to weights: images per second of the data alone, of the computation alone, of both;
+   waiting, memory, and the arithmetic's own limit
 4. CMC, mAP and re-ranking at MSMT17's size, beside dense textbook versions of fewer pairs
 5. LUPerson's size: 4.2 M paths listed, shuffled and read by 16 workers, and their memory
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import re
@@ -33,9 +36,8 @@ import personvit
 import pretrain
 import runs
 import train
-import weights
-from augment import ContrastViews, FineTuneTransform, MultiCrop
-from data import Images, PKSampler, ShuffleSampler, load_dataset
+from augment import ContrastViews, MultiCrop
+from data import Images, ShuffleSampler, load_dataset
 from personvit import vit_small
 from upreid import UPReID, resnet50
 
@@ -46,6 +48,12 @@ def seconds(function, device: str) -> float:
     if device != "cpu":
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def in_new_process(function, *args):
+    """function(*args), where no other measurement has touched the memory."""
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
 
 
 def paired(ours, theirs, repeats: int, device: str) -> tuple[float, float, float]:
@@ -180,8 +188,7 @@ def pretraining(repeats: int, device: str, quick: bool) -> None:
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         steps[0]()
     a, b, ratio = paired(*steps, max(repeats // 3, 1), device)
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        mine, theirs = (pool.apply(peak_memory, (kind, B, device)) for kind in ("ours", "plain"))
+    mine, theirs = (in_new_process(peak_memory, kind, B, device) for kind in ("ours", "plain"))
     rate = counter.get_total_flops() / a
     peak = [flops for name, flops in PEAK.items() if device != "cpu" and name in torch.cuda.get_device_name()]
     print(f"  PersonViT step, ViT-S/16 256x128, 2 + 8 crops, batch {B}: ours {B / a:.2f} img/s, plain formulation "
@@ -216,45 +223,71 @@ def contrast(repeats: int, device: str, quick: bool) -> None:
           f"{B / b:.2f} img/s, time ratio {ratio:.3f}", flush=True)
 
 
-def pipeline(repeats: int, device: str, folder: Path) -> None:
-    dataset = load_dataset("synthetic", folder)
-    n = 64 * repeats
-    for recipe in (train.recipe_for("synthetic"), train.recipe_for("synthetic", "vit_tiny")):
-        indices = [i % len(dataset.train) for i in range(n)]
-        images = Images(dataset.train, recipe.size, cache_bytes=0)
-        decode = seconds(lambda: images.__getitems__(indices), "cpu")
-        batch = images.__getitems__(indices[:64])[0].to(device)
-        transform = FineTuneTransform(*recipe.statistics)
-        augment = seconds(lambda: [transform(batch, 0, i) for i in range(repeats)], device)
-        model = weights.ReIDModel(weights.build_backbone(recipe.arch, recipe.size, recipe.drop_path), 100)
-        model.to(device, memory_format=torch.channels_last).train()
-        optimizer, labels = train.make_optimizer(recipe, model), torch.arange(64, device=device) // 4
-        x = transform(batch, 0, 0)
+def matrix_rate(device: str) -> float:
+    """Multiplications and additions per second of a large matrix product, in the loops' own precision."""
+    n, dtype = (2048, torch.float32) if device == "cpu" else (8192, torch.bfloat16)
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    return 2 * n ** 3 / statistics.median(seconds(lambda: a @ a, device) for _ in range(9))
 
-        def step():
-            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=device != "cpu"):
-                scores, feature = model(x)
-            loss = torch.nn.functional.cross_entropy(scores, labels) + train.triplet_loss(feature, labels, 0.3)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
 
-        seconds(step, device)
-        compute = seconds(lambda: [step() for _ in range(repeats)], device)
-        print(f"  {recipe.arch} {recipe.size[0]}x{recipe.size[1]}, img/s: decode + resize (1 process) "
-              f"{n / decode:,.0f}, augment {64 * repeats / augment:,.0f}, step alone "
-              f"{64 * repeats / compute:,.0f}", flush=True)
-        epochs = 3
+def whole_loop(name: str, device: str, folder: str, steps: int) -> str:
+    """One training from files to weights, in a process of its own: what limits it?"""
+    multiprocessing.set_start_method("fork", force=True)  # of the workers, as in a training
+    market = device != "cpu"  # the recipes for one GPU, or for a laptop; images are the synthetic people's
+    data = "market1501" if market else "synthetic"
+    recipe = {"fine-tuning, ResNet": lambda: train.recipe_for(data, "resnet50" if market else "resnet_tiny"),
+              "fine-tuning, ViT": lambda: train.recipe_for(data, "vit_small" if market else "vit_mini"),
+              "PersonViT": lambda: pretrain.pretrain_recipe_for("personvit", data),
+              "UP-ReID": lambda: pretrain.pretrain_recipe_for("upreid", data)}[name]()
+    recipe = dataclasses.replace(recipe, bf16=market)
+    dataset, real = load_dataset("synthetic", folder), runs.batches
+    machine = runs.Machine(device, 1 if device == "cpu" else 8, save_every=10 ** 9, log_every=steps)
+
+    def train_on(batches) -> dict:
+        """The last log line of the training as it is, but for where batches come from."""
+        lines = []
         with tempfile.TemporaryDirectory() as out:
             run = runs.Run(out, {})
-            run.log = lambda **values: logged.append(values)
-            logged = []
-            short = dataclasses.replace(recipe, epochs=epochs, bf16=device != "cpu")
-            steps = len(PKSampler([r.pid for r in dataset.train]))
-            train.fine_tune(short, dataset, run, None, runs.Machine(device, 1, 10 ** 9, log_every=steps))
-        for values in (logged[0], logged[-1]):
-            print(f"    whole loop, epoch {values['epoch']}: {values['img_s']:,} img/s, waiting for data "
-                  f"{values['wait']:.1%}")
+            run.log = lambda **values: lines.append(values)
+            runs.batches = batches
+            if name.startswith("fine"):
+                train.fine_tune(recipe, dataset, run, None, machine)
+            else:
+                pretrain.pretrain(recipe, dataset, run, machine)
+        return lines[-1] if lines else {}
+
+    both = train_on(lambda *args: itertools.islice(real(*args), 2 * steps))
+    batch = []
+
+    def alone(images, sampler, first, epochs, workers):
+        images = Images(images.records, images.size, cache_bytes=0)
+        for i, values in enumerate(real(images, sampler, first, epochs, workers)):
+            if i == 2:  # workers have started
+                start = time.perf_counter()
+            if i == 2 + 2 * steps:
+                batch.extend((values, 2 * steps * len(values[0]) / (time.perf_counter() - start)))
+                return []
+        raise RuntimeError("too few images for this measurement")
+
+    train_on(alone)
+    values, data_rate = batch
+    compute = train_on(lambda *_: [values] * (2 * steps))
+    memory = torch.cuda.max_memory_allocated() / 2 ** 20 if market else peak_rss()
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        train_on(lambda *_: [values])
+    work, rate = counter.get_total_flops() / len(values[0]), matrix_rate(device)
+    return (f"  {name} ({recipe.arch} {recipe.size[0]}x{recipe.size[1]}, batch {len(values[0])}), img/s: data alone "
+            f"{data_rate:,.0f} ({machine.workers} worker), compute alone {compute['img_s']:,.0f}, both {both['img_s']:,.0f}, "
+            f"waiting {both['wait']:.1%}; peak memory {memory:,.0f} MB; {work / 1e9:.2f} GFLOP per image at "
+            f"{rate / 1e9:,.0f} GFLOP/s of a matrix product: at most {rate / work:,.0f} img/s, of which compute reaches "
+            f"{compute['img_s'] * work / rate:.0%}")
+
+
+def loops(device: str, quick: bool) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        load_dataset("synthetic", folder)
+        for name in ("fine-tuning, ResNet", "fine-tuning, ViT", "PersonViT", "UP-ReID"):
+            print(in_new_process(whole_loop, name, device, folder, 2 if quick else 7), flush=True)
 
 
 def clustered(Q: int, G: int, ids: int, D: int = 384):
@@ -322,8 +355,7 @@ def ranking(device: str, quick: bool) -> None:
     Q, G, ids = (1_000, 8_000, 300) if quick else (11_659, 82_161, 3_060)
     for kind, part in (("rank", 1), ("dense rank", 2), ("rerank", 1), ("dense rerank", 4)):
         size = Q // part, G // part, ids // part
-        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-            took, memory, result = pool.apply(measured, (kind, *size, device))
+        took, memory, result = in_new_process(measured, kind, *size, device)
         print(f"  {kind} of {size[0]:,} x {size[1]:,}, 384-d: {took:.1f} s, {memory:,.0f} MB above the features; "
               f"{result[:60]}", flush=True)
 
@@ -376,8 +408,7 @@ def main() -> None:
     networks(repeats, args.device)
     pretraining(repeats, args.device, args.quick)
     contrast(repeats, args.device, args.quick)
-    with tempfile.TemporaryDirectory() as folder:
-        pipeline(repeats, args.device, Path(folder))
+    loops(args.device, args.quick)
     ranking(args.device, args.quick)
     with tempfile.TemporaryDirectory() as folder:
         scale(Path(folder), args.quick)
