@@ -75,7 +75,7 @@ def draw_attention(file: str | Path, title: str, images: Tensor, attention: Tens
     (n, 3, h, w), attention (n, heads, rows, columns), each map scaled by its own largest value."""
     n, heads = attention.shape[:2]
     sheet = Sheet(1 + heads, n)
-    sheet.text(GAP, 6, title)
+    sheet.text(GAP, 6, f"{title}; bright = the head's most, dark = none")
     sheet.text(GAP, 24, "image")
     for head in range(heads):
         sheet.text(sheet.place(head + 1, 0)[0], 24, f"head {head + 1}")
@@ -119,7 +119,8 @@ def draw_clusters(file: str | Path, title: str, images: Tensor, clusters: Tensor
     for c in range(C):
         y = below + 24 + c * (size + 8)
         draw.rectangle((GAP, y, GAP + size, y + size), fill=PALETTE[c % len(PALETTE)])
-        draw.text((GAP + size + 8, y + 12), f"{shares[c]:.0%}", INK, sheet.font)
+        share = f"{shares[c]:.0%}" if shares[c] >= 0.005 else "<1%"
+        draw.text((GAP + size + 8, y + 12), share, INK, sheet.font)
         for k, patch in enumerate(examples[c]):
             picture = Image.fromarray(patch.permute(1, 2, 0).contiguous().numpy())
             page.paste(picture.resize((size, size)), (GAP + size + 56 + k * (size + 6), y))

@@ -310,8 +310,8 @@ def load_weights(path: str | Path, backbone: nn.Module) -> str:
     return fill(read_file(path), backbone)
 
 
-def fill(file: WeightsFile, backbone: nn.Module) -> str:
-    """`load_weights` of a file that is read already."""
+def fill(file: WeightsFile, backbone: nn.Module, use_head: bool = False) -> str:
+    """`load_weights` of a file that is read already; use_head: its head will be used as well."""
     state, own, resized = dict(file.state), backbone.state_dict(), "none"
     if file.grid and "pos_embed" in own and file.grid != backbone.grid and \
             state["pos_embed"].shape[2] == backbone.embed_dim:
@@ -335,9 +335,10 @@ def fill(file: WeightsFile, backbone: nn.Module) -> str:
                          f"the file's backbone: {kind}. "
                          f"Choose --arch to match; nothing was loaded")
     backbone.load_state_dict(state, strict=False)
-    dropped = [*file.head, *file.dropped]
-    return (f"{file.path}: {file.kind}; {len(own)}/{len(own)} backbone weights loaded, resized: "
-            f"{resized}, dropped: {len(dropped)}"
+    dropped = file.dropped if use_head else [*file.head, *file.dropped]
+    head = " and the BNNeck" if use_head and file.head else ""
+    return (f"{file.path}: {file.kind}; {len(own)}/{len(own)} backbone weights{head} loaded, "
+            f"resized: {resized}, dropped: {len(dropped)}"
             f"{' (' + ', '.join(dropped[:3]) + ')' if dropped else ''}")
 
 
@@ -361,7 +362,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict]:
     try:
         model = build_backbone(file.arch, tuple(recipe["size"]),
                                last_stride=recipe.get("last_stride", 1), stride=file.stride)
-        print(fill(file, model))
+        print(fill(file, model, use_head=True))
         if file.head:
             if recipe["neck_feat"] == "none":                                # [PersonViT code; BoT]
                 recipe["neck_feat"] = "before" if file.arch.startswith("vit") else "after"
