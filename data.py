@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from synthetic import make_synthetic
@@ -46,6 +46,8 @@ class InputError(ValueError):
 
 def command_line(main) -> None:
     """Run a script's main: what the user can mend ends in one line, without a traceback."""
+    for stream in (sys.stdout, sys.stderr):  # a file's name may be no text at all
+        stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except (InputError, OSError) as error:
@@ -191,7 +193,8 @@ def list_images(folder: Path, recursive: bool = False) -> list[str]:
     """Image paths sorted by file name within a folder, so that no file system decides the order."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
-    suffixes = (".jpg", ".jpeg", ".png", ".bmp")  # Market's folders also hold Thumbs.db
+    # Market's folders also hold Thumbs.db
+    suffixes = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
     found, seen = [], set()
 
     def fail(error: OSError):  # os.walk passes over what it may not read; a set with holes is worse
@@ -472,6 +475,7 @@ def read_image(path: str, size: tuple[int, int], interpolation: Image.Resampling
                 raise ValueError(f"{image.width} x {image.height} pixels are too many")
             if image.mode.startswith("I"):  # 16 bits; convert() would cut at 255
                 image = image.point(lambda value: value / 256).convert("L")
+            ImageOps.exif_transpose(image, in_place=True)  # phones store photos on their side
             image = image.convert("RGB").resize(size[::-1], interpolation)  # Pillow: (W, H)
     except Exception as error:  # broken bytes make decoders raise anything at all
         reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
@@ -579,7 +583,7 @@ class PKSampler:
                              f"{len(self.members) if len(pids) else 0}; "
                              f"--ids sets how many, 2 at least")
         if num_ids % world:
-            raise InputError(f"{num_ids} identities per batch cannot be shared "
+            raise InputError(f"--ids {num_ids}: the identities of a batch cannot be shared evenly "
                              f"by {world} processes")
         groups = np.array([-(-len(m) // num_images) for m in self.members])
         self.length = int(max(groups.max(), -(-groups.sum() // num_ids)))

@@ -184,10 +184,14 @@ def draw_ranks(file: str | Path, dataset, result: RankResult, q: Features, g: Fe
         table.append(((thumbnail(query), text(query)),
                       [(thumbnail(dataset.gallery[j]), text(dataset.gallery[j], f"{1 - s:.3f}"),
                         g.pids[j] == q.pids[i]) for j, s in nearest]))
-    left_out = "same person by same camera left out" if dataset.has_cameras else ""
-    title = (f"{dataset.name}: nearest {columns} of {len(g.pids):,} gallery images by cosine "
-             f"distance; {left_out}")
-    pictures.draw_ranks(file, title, table)
+    # `evaluate` gives an image number for a camera where cameras do not count
+    cameras = dataset.has_cameras and g.camids == [r.camid for r in dataset.gallery]
+    left_out = "same person by same camera" if cameras else "the query image itself"
+    shown = min(columns, len(g.pids))
+    pictures.draw_ranks(file, f"{dataset.name}: nearest {shown} of {len(g.pids):,} gallery images; "
+                        f"{left_out} left out", text(Record("", 0, 2), "0.123") + " = " +
+                        ("camera 3, " if dataset.has_cameras else "") + "cosine distance 0.123",
+                        table)
 
 
 def spread(values, n: int) -> list[int]:
@@ -278,6 +282,8 @@ def read_batch(records: list[Record], recipe: dict) -> tuple[Tensor, Tensor]:
 
 def draw_curves(file: str | Path, folders: list[str]) -> None:
     """Losses over training, and CMC where a run was evaluated, of one or several run folders."""
+    if len(folders) > len(pictures.PALETTE):
+        raise InputError(f"--runs: {len(folders)} runs, but colours for {len(pictures.PALETTE)}")
     losses, cmc = {}, {}
     for folder in folders:
         try:
@@ -434,7 +440,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if name and (os.path.isdir(name) or not os.access(Path(name).parent, os.W_OK)):
             parser.error(f"--{flag} {name}: its folder is absent or read-only")
     drawn = [name for name in (args.ranks, args.attention, args.clusters) if name]
-    if len(drawn) > len(set(drawn)):
+    if len(drawn) > len(set(map(os.path.abspath, drawn))):
         parser.error("two pictures cannot go into one file")
     return args
 
@@ -514,6 +520,7 @@ def use_photos(args: argparse.Namespace, model: nn.Module, recipe: dict, run: di
     if args.ranks:
         row = [(thumbnail(records[i]), f"{similarity[i]:.3f}", None) for i in best]
         pictures.draw_ranks(args.ranks, f"nearest of {found:,} images in {args.gallery}",
+                            "0.987 = cosine similarity, 1 = the same",
                             [((thumbnail(query), ""), row)])
         print(f"picture in {args.ranks}")
 

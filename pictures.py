@@ -21,47 +21,50 @@ W, H, GAP, LABEL, HEAD = 64, 128, 14, 16, 44  # pixels of a person, between peop
 
 
 class Sheet:
-    """A white page on which people stand in rows and columns, with a text beneath each."""
+    """A white page, as wide as its title needs, on which people stand in rows and columns, with a
+    text beneath each."""
 
-    def __init__(self, columns: int, rows: int, head: int = HEAD, cell: tuple[int, int] = (W, H)):
-        (self.w, self.h), self.head = cell, head
-        width = max(GAP + columns * (self.w + GAP) + GAP, 640)  # room for a title
-        self.image = Image.new("RGB", (width, head + rows * (self.h + LABEL + GAP)), "white")
-        self.draw, self.font = ImageDraw.Draw(self.image), ImageFont.load_default(12)
+    def __init__(self, columns: int, rows: int, title: str):
+        self.font = ImageFont.load_default(12)
+        width = max(2 * GAP + columns * (W + GAP), int(self.font.getlength(title)) + 4 * GAP + W)
+        self.image = Image.new("RGB", (width, HEAD + rows * (H + LABEL + GAP)), "white")
+        self.draw = ImageDraw.Draw(self.image)
 
     def text(self, x: int, y: int, text: str, color=INK) -> None:
         self.draw.text((x, y), text, color, self.font)
 
     def place(self, column: int, row: int) -> tuple[int, int]:
         """Left upper corner of a cell; the first column stands apart."""
-        return (GAP + column * (self.w + GAP) + (GAP if column else 0),
-                self.head + row * (self.h + LABEL + GAP))
+        return (GAP + column * (W + GAP) + (GAP if column else 0),
+                HEAD + row * (H + LABEL + GAP))
 
     def paste(self, pixels: Tensor, column: int, row: int, text: str = "", color=None) -> None:
         """uint8 (3, h, w) into a cell, framed in color."""
         x, y = self.place(column, row)
         picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-        self.image.paste(picture.resize((self.w, self.h), Image.Resampling.NEAREST), (x, y))
+        self.image.paste(picture.resize((W, H), Image.Resampling.NEAREST), (x, y))
         if color:
-            self.draw.rectangle((x - 3, y - 3, x + self.w + 2, y + self.h + 2), outline=color,
-                                width=3)
-        self.text(x, y + self.h + 3, text)
+            self.draw.rectangle((x - 3, y - 3, x + W + 2, y + H + 2), outline=color, width=3)
+        self.text(x, y + H + 3, text)
 
     def save(self, file: str | Path) -> None:
         write_atomic(Path(file), lambda handle: self.image.save(handle, format="PNG"))
 
 
-def draw_ranks(file: str | Path, title: str, rows: list) -> None:
+def draw_ranks(file: str | Path, title: str, legend: str, rows: list) -> None:
     """A row per query: the query, then its nearest gallery images, framed green if right, red if
-    wrong, grey if unknown. rows: [(pixels, text), [(pixels, text, right or None), ...]] of each."""
-    sheet = Sheet(1 + max(len(answers) for _, answers in rows), len(rows))
+    wrong, grey if unknown. rows: [(pixels, text), [(pixels, text, right or None), ...]] of each;
+    legend explains the texts."""
+    columns, left = 1 + max(len(answers) for _, answers in rows), 3 * GAP + W
+    sheet = Sheet(columns, len(rows), max(title, legend + 36 * "x", key=len))
     sheet.text(GAP, 6, "query")
-    sheet.text(3 * GAP + W, 6, title)
+    sheet.text(left, 6, title)
     known = any(right is not None for _, answers in rows for _, _, right in answers)
-    for color, name, x in ((GREEN, "same person", 3 * GAP + W), (RED, "another person", 230)):
+    for color, name, x in ((GREEN, "same person", left), (RED, "another person", left + 110)):
         if known:
             sheet.draw.rectangle((x, 27, x + 10, 37), outline=color, width=3)
             sheet.text(x + 16, 24, name)
+    sheet.text(left + 240 if known else left, 24, legend)
     for row, ((pixels, text), answers) in enumerate(rows):
         sheet.paste(pixels, 0, row, text, GREY)
         for column, (pixels, text, right) in enumerate(answers):
@@ -74,8 +77,9 @@ def draw_attention(file: str | Path, title: str, images: Tensor, attention: Tens
     """People in rows: the image, then where each head looks, bright = much. images uint8
     (n, 3, h, w), attention (n, heads, rows, columns), each map scaled by its own largest value."""
     n, heads = attention.shape[:2]
-    sheet = Sheet(1 + heads, n)
-    sheet.text(GAP, 6, f"{title}; bright = the head's most, dark = none")
+    title += "; yellow: the head's most, dark: none"
+    sheet = Sheet(1 + heads, n, title)
+    sheet.text(GAP, 6, title)
     sheet.text(GAP, 24, "image")
     for head in range(heads):
         sheet.text(sheet.place(head + 1, 0)[0], 24, f"head {head + 1}")
@@ -84,7 +88,7 @@ def draw_attention(file: str | Path, title: str, images: Tensor, attention: Tens
         for head in range(heads):
             weight = attention[i, head] / attention[i, head].max().clamp(min=1e-12)
             weight = upscale(weight, images.shape[2:])
-            seen = images[i].float() * (0.25 + 0.75 * weight)
+            seen = images[i].float().mean(0, keepdim=True) * (0.25 + 0.75 * weight)
             glow = np.array([255, 200, 0])[:, None, None] * (weight * 0.45).numpy()
             pixels = (seen * (1 - 0.45 * weight)).numpy() + glow
             sheet.paste(images.new_tensor(pixels.clip(0, 255)), head + 1, i)
@@ -101,7 +105,7 @@ def draw_clusters(file: str | Path, title: str, images: Tensor, clusters: Tensor
     n, C = len(images), len(examples)
     per_row, size = min(n, 10), 40
     blocks = math.ceil(n / per_row)
-    sheet = Sheet(per_row, 2 * blocks)
+    sheet = Sheet(per_row, 2 * blocks, title)
     below = sheet.image.height
     page = Image.new("RGB", (max(sheet.image.width, 760), below + 24 + C * (size + 8)), "white")
     sheet.text(GAP, 6, title)
@@ -111,8 +115,8 @@ def draw_clusters(file: str | Path, title: str, images: Tensor, clusters: Tensor
         column, row = i % per_row, i // per_row * 2
         sheet.paste(images[i], column, row)
         paint = colors[upscale(clusters[i].float(), images.shape[2:]).long()].permute(2, 0, 1)
-        sheet.paste((images[i].float() * 0.35 + paint.float() * 0.65).to(images.dtype), column,
-                    row + 1)
+        shade = images[i].float().mean(0, keepdim=True)  # faint, for colours like those below
+        sheet.paste((0.15 * shade + 0.85 * paint.float()).to(images.dtype), column, row + 1)
     page.paste(sheet.image, (0, 0))
     draw = ImageDraw.Draw(page)
     draw.text((GAP, below), "clusters: share of all patches, most typical patches", INK, sheet.font)
@@ -176,7 +180,8 @@ def draw_curves(file: str | Path, panels: list[tuple[str, str, str, dict]]) -> N
 
 def ticks(low: float, high: float) -> list[float]:
     """About five round numbers that enclose low .. high."""
-    span = max(high - low, 1e-3 * abs(high), 1e-9)
+    low = min(low, high - max(1e-3 * abs(high), 1e-9))  # a level line runs along the top
+    span = high - low
     step = 10 ** math.floor(math.log10(span / 4))
     step *= next(k for k in (1, 2, 5, 10) if span / (k * step) <= 5)
     first, last = math.floor(low / step), math.ceil(high / step)

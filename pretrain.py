@@ -280,6 +280,9 @@ def pretrain(recipe: PersonViTRecipe | UPReIDRecipe, dataset, run: Run, machine:
     if recipe.batch % (machine.world * machine.accumulate):
         raise InputError(f"--batch {recipe.batch} cannot be shared evenly by {machine.world} "
                          f"processes x --accum {machine.accumulate}")
+    if machine.accumulate > 1 and recipe.batch < 2 * machine.world * machine.accumulate:
+        raise InputError(f"--accum {machine.accumulate} leaves one image for a pass, and nothing "
+                         f"to compare it with; use fewer passes")
     if monitor and not (monitor.query and monitor.gallery):
         raise InputError(f"--monitor {monitor.name} has no query or no gallery images")
     sampler = ShuffleSampler(len(dataset.train), recipe.batch // machine.world, recipe.seed,

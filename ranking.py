@@ -77,7 +77,10 @@ class Gallery:
 
 
 def as_ids(values) -> Tensor:
-    return torch.as_tensor(np.asarray(values)).long().flatten()
+    values = np.asarray(values)
+    if values.size and values.dtype.kind not in "biu":
+        raise InputError(f"ids, cameras and image numbers are integers, not {values.dtype}")
+    return torch.as_tensor(values).long().flatten()
 
 
 def count_before(dist: Tensor, columns: Tensor, match: Tensor, same: Tensor, tie: float) -> Tensor:
@@ -205,7 +208,7 @@ def rank_features(q_feats, q_pids, q_camids, g_feats, g_pids, g_camids, max_rank
     similarity ranks as the Euclidean distance of unit vectors does; similarities closer than TIE
     are ties. Raises InputError as `cmc_map` does, and for features that are not of length 1.
     """
-    q_feats, g_feats = (torch.as_tensor(f).float() for f in (q_feats, g_feats))
+    q_feats, g_feats = (torch.as_tensor(f).detach().float() for f in (q_feats, g_feats))
     query, gallery = Labels(q_pids, q_camids, q_images), Labels(g_pids, g_camids, g_images)
     for feats, labels, side in ((q_feats, query, "query"), (g_feats, gallery, "gallery")):
         if feats.ndim != 2 or feats.shape[1] != q_feats.shape[-1]:

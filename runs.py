@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 import zipfile
+import zlib
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -72,8 +73,9 @@ def cosine(t: float, start: float, end: float) -> float:
 # The run folder
 # ---------------------------------------------------------------------------------------------
 
-RUN_FILES = ("recipe.json", "log.jsonl", "checkpoint_*.pth", "model.pth", "backbone.pth",
-             "backbone_e*.pth", "results.json")
+CHECKPOINT = "checkpoint_" + 9 * "[0-9]" + ".pth"  # the number of steps done
+RUN_FILES = ("recipe.json", "log.jsonl", CHECKPOINT, "model.pth", "backbone.pth",
+             "backbone_e[0-9][0-9][0-9][0-9].pth", "results.json")
 
 
 class Run:
@@ -106,15 +108,15 @@ class Run:
         return [p for pattern in RUN_FILES for p in sorted(self.folder.glob(pattern + suffix))]
 
     def checkpoints(self) -> list[Path]:
-        """The latest first; their names hold the step."""
-        return sorted(self.folder.glob("checkpoint_*.pth"), reverse=True)
+        """The latest first."""
+        return sorted(self.folder.glob(CHECKPOINT), reverse=True)
 
     def compare(self) -> None:
         try:
             old = json.loads((self.folder / "recipe.json").read_text())
             changed = [f"{k}: {old.get(k)} there, {self.recipe.get(k)} now"
                        for k in sorted({*old, *self.recipe}) if old.get(k) != self.recipe.get(k)]
-        except (ValueError, AttributeError, OSError):
+        except (ValueError, AttributeError, OSError, RecursionError):
             changed = ["its recipe.json is damaged"]
         if changed:
             raise InputError(f"{self.folder} holds a run with another recipe "
@@ -129,13 +131,10 @@ class Run:
             wait_for_all()
             yield
             return
-        with open(self.folder / "lock", "w") as handle:
-            if fcntl:  # not on Windows
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError:
-                    raise InputError(f"another process is training in {self.folder}; wait for "
-                                     f"it, or choose another folder with --out") from None
+        with open(self.folder / "lock", "a") as handle:
+            if not locked(handle):
+                raise InputError(f"another process is training in {self.folder}; wait for it, or "
+                                 f"choose another folder with --out")
             # with --overwrite everything; else what a process that was killed was just writing
             for path in self.files("" if self.overwrite else ".*.partial"):
                 path.unlink()
@@ -167,8 +166,11 @@ class Run:
         found = self.checkpoints()
         for path in found:
             try:
-                if zipfile.ZipFile(path).testzip():  # PyTorch itself ignores the checksums inside
-                    raise InputError("a checksum does not match")
+                with zipfile.ZipFile(path) as content:  # PyTorch ignores the checksums inside, and
+                    # skips a tensor whose entry in the table of contents has a bit flipped
+                    if content.testzip() or any(entry.external_attr or entry.compress_type
+                                                for entry in content.infolist()):
+                        raise InputError("a checksum does not match")
                 state = read_checkpoint(path)
                 for name, part in parts.items():
                     part.load_state_dict(state[name])
@@ -177,8 +179,8 @@ class Run:
                 step, bad = int(state["step"]), set(state["bad"])
                 print(f"going on at step {step:,} from {path}", flush=True)
                 return step, bad
-            except (InputError, zipfile.BadZipFile, OSError, EOFError, LookupError, TypeError,
-                    ValueError, RuntimeError, AttributeError) as error:
+            except (InputError, zipfile.BadZipFile, zlib.error, OSError, EOFError, LookupError,
+                    TypeError, ValueError, RuntimeError, AttributeError) as error:
                 print(f"WARNING: {path} is damaged ({str(error)[:150]})", flush=True)
         if found:
             raise InputError(f"{self.folder}: no checkpoint is whole; delete them to start from "
@@ -195,6 +197,8 @@ class Run:
         print(line, flush=True)
         with open(self.folder / "log.jsonl", "a") as handle:
             handle.write(line + "\n")
+            handle.flush()
+            os.fsync(handle.fileno())  # a checkpoint must not outlive the lines before it
 
     def log_size(self) -> int:
         path = self.folder / "log.jsonl"
@@ -204,6 +208,22 @@ class Run:
         """Forget lines written after the checkpoint: those steps are about to be run again."""
         if self.writes and self.log_size() > size:
             os.truncate(self.folder / "log.jsonl", size)
+
+
+def locked(handle, patience: float = 8.0) -> bool:
+    """Lock an open file for this process. Data workers of a process that was just killed hold its
+    lock until they notice, which takes them 5 seconds."""
+    if not fcntl:  # Windows
+        return True
+    last = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            if time.monotonic() > last:
+                return False
+            time.sleep(0.2)
 
 
 @contextlib.contextmanager
@@ -233,7 +253,7 @@ class Machine:
     """Where and how a run computes; nothing here changes its result on one kind of device, beyond
     rounding, and for several processes or passes: stochastic depth's draws; in pre-training, the
     running statistics of batch norms (the first process's are saved) and, for several passes, which
-    keys of UP-ReID are normalised together."""
+    keys of UP-ReID are normalised together. Diagnostics in the log are means over passes."""
 
     device: str = "cpu"
     workers: int = 2          # decoding processes
@@ -252,7 +272,11 @@ def processes(machine: Machine):
     if "WORLD_SIZE" not in os.environ:
         yield machine
         return
-    rank, world, local = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    try:
+        rank, world, local = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    except (KeyError, ValueError) as error:
+        raise InputError(f"WORLD_SIZE is set, but the rest of torchrun's variables is not ({error})"
+                         f"; start with torchrun, or unset WORLD_SIZE") from None
     device, backend = machine.device, "gloo"
     if device == "cuda":
         if local >= torch.cuda.device_count():
@@ -271,7 +295,7 @@ def processes(machine: Machine):
         if "onnection" not in str(error):  # gloo: Connection closed by peer, Connection reset
             raise
         sys.exit(f"process {rank}: another process has ended, see its message if it had time for "
-                 f"one; the same command goes on from the last checkpoint")
+                 f"one; the same command, without --overwrite, goes on from the last checkpoint")
     finally:
         dist.destroy_process_group()
 
@@ -312,6 +336,18 @@ def union(mine: set) -> set:
     parts: list = [None] * dist.get_world_size()
     dist.all_gather_object(parts, mine)
     return set().union(*parts)
+
+
+def check_agreement(mine: dict) -> None:
+    """Raise InputError, naming what differs, unless all processes were told the same."""
+    if together():
+        parts: list = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, mine)
+        differ = [f"{k}: {parts[0].get(k)} and {part[k]}" for part in parts for k in part
+                  if part[k] != parts[0].get(k)]
+        if differ:
+            raise InputError(f"the processes were started differently ({differ[0]}); on every "
+                             f"machine the command and the dataset must be the same")
 
 
 def average_gradients(parameters) -> None:
@@ -447,6 +483,7 @@ def loop(run: Run, images: Images, sampler, recipe, parts: dict, take_step, mach
             stopping = anyone(bool(stop))
             if logs or saves or stopping:
                 bad = union(bad)
+                check_broken(bad, images.records)
             if logs:
                 values = meter.read(last - done)
                 flag = {"warning": "COLLAPSE?"} if collapsed and collapsed(values) else {}
@@ -464,7 +501,7 @@ def loop(run: Run, images: Images, sampler, recipe, parts: dict, take_step, mach
                 sys.exit(1)
             if stopping:
                 sys.exit(f"stopped after step {done:,} of {last:,}; {run.checkpoints()[0]} "
-                         f"holds it, the same command goes on from there")
+                         f"holds it; the same command, without --overwrite, goes on from there")
 
 
 def check_finite(value: Tensor | float, step: int, run: Run) -> None:
@@ -537,6 +574,7 @@ def open_run(out, recipe, dataset, overwrite: bool, machine: Machine, **more) ->
     check_recipe(recipe)
     described = dataclasses.asdict(recipe) | {"dataset": dataset.name, **more,
                                               "data": dataset.fingerprint()}
+    check_agreement(described | {"--accum": machine.accumulate, "--save-every": machine.save_every})
     run = Run(out, described, overwrite, machine.rank)
     print(f"run {run.folder}: " + " ".join(f"{k}={v}" for k, v in described.items()))
     print(f"  torch {torch.__version__}, {machine.world} x {machine.device}, "

@@ -416,6 +416,10 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]
                      "--monitor-every and --accum at least 1")
     if args.accum > 1 and not args.pretrain:
         parser.error("--accum is for --pretrain: the triplet loss needs its whole batch at once")
+    if (args.monitor or args.keep_every) and not args.pretrain:
+        parser.error("--monitor and --keep-every are for --pretrain")
+    if (args.demo or args.study or args.ablation) and "WORLD_SIZE" in os.environ:
+        parser.error("--demo, --study and --ablation run in one process: start them with python")
     if args.compile and args.pretrain != "personvit":
         parser.error("--compile is for --pretrain personvit")
     other = given or args.dataset != "synthetic" or args.pretrain or "weights" in args

@@ -106,11 +106,11 @@ class WeightsFile:
         """Mean and std by which images enter: as the file says, else by this table.
 
         TransReID's and PersonViT's fine-tuned models and timm's ViT (recognised by its classifier
-        [from memory]) 0.5 and 0.5; all else ImageNet's.
+        in a file without nesting, which DeiT's have [from memory]) 0.5 and 0.5; else ImageNet's.
         """
         if "mean" in self.recipe:
             return tuple(self.recipe["mean"]), tuple(self.recipe["std"])
-        timm = "head.weight" in self.dropped and "dist_token" not in self.dropped
+        timm = "head.weight" in self.dropped and self.kind == "bare backbone"
         half = timm or self.head and self.arch.startswith("vit")
         return ((0.5,) * 3, (0.5,) * 3) if half else (IMAGENET_MEAN, IMAGENET_STD)
 
@@ -132,6 +132,8 @@ def read_checkpoint(path: str | Path) -> dict:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such weights file") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: is a folder; name the model.pth or backbone.pth in it") from None
     except Exception as error:  # hostile bytes make the reader raise anything at all
         reason = "damaged, or no file of PyTorch weights"
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
@@ -190,10 +192,14 @@ def interpret(path: str, content: dict) -> WeightsFile:
         if name in others:
             raise InputError(f"{path}: holds {what}, which the backbones here lack; nothing was "
                              f"loaded")
+    if not state:
+        raise InputError(f"{path}: holds no weights of a backbone under a name known here, first "
+                         f"{', '.join(map(str, list(inner)[:3])) or 'nothing'}; nothing was loaded")
     bad = [k for k, v in (state | head).items() if not usable(v, k)]
     if bad:
-        raise InputError(f"{path}: {len(bad)} weights are not finite real numbers, first {bad[0]}; "
-                         f"the training that wrote them had diverged; nothing was loaded")
+        raise InputError(f"{path}: {len(bad)} weights are not finite floating-point numbers, first "
+                         f"{bad[0]}: the training diverged, or they were rounded to integers; "
+                         f"nothing was loaded")
     if "dist_token" in others and "pos_embed" in state:  # DeiT: its position is the second
         state["pos_embed"] = torch.cat([state["pos_embed"][:, :1], state["pos_embed"][:, 2:]], 1)
     recipe = content.get("recipe") if isinstance(content.get("recipe"), dict) else {}

@@ -266,6 +266,17 @@ def test_any_image_mode_becomes_rgb(tmp_path, mode, suffix):
     assert image.shape == (3, 16, 8) and image.dtype == torch.uint8
 
 
+def test_photos_stand_upright(tmp_path):
+    """A telephone stores the sensor's rows and a note which way is up."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 4, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6                                             # turn by 90 degrees clockwise to see it upright
+    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "a.png", exif=exif)
+    image.save(tmp_path / "b.png")
+    a, b = (read_image(str(tmp_path / name), (8, 4), Image.Resampling.BILINEAR) for name in ("a.png", "b.png"))
+    assert torch.equal(a, b)
+
+
 def test_sixteen_bits_keep_their_brightness(tmp_path):
     Image.fromarray(np.full((9, 5), 32768, np.uint16)).save(tmp_path / "a.png")
     assert read_image(str(tmp_path / "a.png"), (4, 4), BICUBIC).float().mean() == pytest.approx(128, abs=1)
@@ -374,7 +385,7 @@ def test_pk_sampler_refuses():
         PKSampler([0, 0, 1, 2], 16, 4)
     with pytest.raises(InputError, match="needs 2 identities, the training set has 1"):
         PKSampler([4, 4, 4], 1, 4)
-    with pytest.raises(InputError, match="cannot be shared by 3"):
+    with pytest.raises(InputError, match="--ids 8: .* cannot be shared evenly by 3"):
         PKSampler(np.arange(20), 8, 4, world=3)
 
 

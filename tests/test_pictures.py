@@ -157,7 +157,7 @@ def test_each_head_has_its_own_map_and_bright_is_much(tmp_path):
     pictures.draw_attention(tmp_path / "a.png", "title", image, attention)
     page = np.asarray(Image.open(tmp_path / "a.png").convert("L")).astype(int)
     for head, (bright, dark) in ((1, (0, 1)), (2, (1, 0))):
-        x, y = pictures.Sheet(3, 1).place(head, 0)
+        x, y = pictures.Sheet(3, 1, '').place(head, 0)
         half = [page[y + 64 * part + 10:y + 64 * part + 54, x + 10:x + 54].mean() for part in (bright, dark)]
         assert half[0] > 2 * half[1]
 

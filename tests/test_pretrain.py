@@ -258,8 +258,10 @@ def test_split_steps_equal_whole_ones(dataset, tmp_path, monkeypatch, doubles, r
 def test_steps_that_cannot_be_split(dataset, tmp_path, capsys):
     with pytest.raises(InputError, match="--batch 4 cannot be shared evenly by 1 processes x --accum 3"):
         pretrain_run(dataset, tmp_path / "a", SMALL, accumulate=3)
+    with pytest.raises(InputError, match="--accum 4 leaves one image for a pass"):
+        pretrain_run(dataset, tmp_path / "d", SMALL, accumulate=4)
     with pytest.raises(InputError, match="--groups 2 must be a multiple of 4"):
-        pretrain_run(dataset, tmp_path / "b", SMALL_UP, accumulate=4)
+        pretrain_run(dataset, tmp_path / "b", dataclasses.replace(SMALL_UP, batch=8), accumulate=4)
     pretrain_run(dataset, tmp_path / "c", dataclasses.replace(SMALL_UP, epochs=1), accumulate=2)
     assert "WARNING: with --groups 2 --accum 2 queries and keys share" in capsys.readouterr().out
 

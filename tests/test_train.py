@@ -285,6 +285,37 @@ def test_no_checkpoint_is_whole(tmp_path):
     assert run.restore({"part": Part()}) == (0, set()) and run.log_size() == 0
 
 
+def test_the_table_of_contents_of_a_checkpoint(tmp_path):
+    """PyTorch would read memory as weights where a bit of an entry's attributes has flipped."""
+    run, part = Run(tmp_path / "run", {}), torch.nn.Linear(3, 2)
+    for step in (1, 2):
+        run.save_checkpoint(step, {**CHECKPOINT, "part": part.state_dict()} | {"step": step}, 2)
+    last = run.checkpoints()[0]
+    whole = last.read_bytes()
+    for place in range(whole.index(b"PK\1\2"), len(whole)):
+        for bit in range(8):
+            last.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1:])
+            read = torch.nn.Linear(3, 2)
+            assert run.restore({"part": read})[0] in (1, 2) and torch.equal(read.weight, part.weight)
+
+
+def test_other_files_are_no_checkpoints(tmp_path):
+    run = Run(tmp_path / "run", {})
+    (run.folder / "checkpoint_best.pth").write_text("mine")
+    (run.folder / "checkpoint_dir.pth").mkdir()
+    for step in (1, 2, 3):
+        run.save_checkpoint(step, {}, 1)
+    with Run(tmp_path / "run", {}, overwrite=True).begin():
+        names = sorted(p.name for p in run.folder.iterdir())
+    assert names == ["checkpoint_best.pth", "checkpoint_dir.pth", "lock", "recipe.json"]
+
+
+def test_a_file_called_lock_keeps_its_content(tmp_path):
+    (tmp_path / "lock").write_text("precious")
+    with Run(tmp_path, {}).begin():
+        assert (tmp_path / "lock").read_text() == "precious"
+
+
 @pytest.mark.parametrize("keep", [1, 2, 3])
 def test_so_many_checkpoints_are_kept(tmp_path, keep):
     run = Run(tmp_path / "run", {})
@@ -479,6 +510,18 @@ def test_seed_decides_alone(tmp_path):
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "a" / "model.pth").read_bytes() == (tmp_path / "b" / "model.pth").read_bytes()
     assert log_lines(tmp_path / "a") == log_lines(tmp_path / "b") != []
+
+
+def test_processes_with_other_flags_or_data(tmp_path):
+    flags = small_run(tmp_path, epochs=1)
+    script = tmp_path / "differently.py"
+    for change in ('["--lr", "0.1"]', f'["--dataset", {str(tmp_path / "other" / "market1501")!r}]'):
+        market_tree(tmp_path / "other" / "market1501", ids=5, images=4)
+        script.write_text(f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import data, train\n"
+                          f"sys.argv += {change} if os.environ['RANK'] == '1' else []\ndata.command_line(train.main)\n")
+        done = command(*flags, "--out", tmp_path / "run", processes=2, script=script)
+        assert done.returncode != 0 and "the processes were started differently" in done.stderr
+    assert not (tmp_path / "run" / "recipe.json").exists()
 
 
 @pytest.mark.parametrize("processes", [2, 3])
