@@ -146,6 +146,13 @@ def test_torchvision_resnet50_and_vit_small(tmp_path):
         assert read_file(save(tmp_path, build_backbone(arch).state_dict())).arch == arch
 
 
+def test_statistics_of_timm_and_deit(tmp_path):
+    """Both have a classifier called head; DeiT's lies in a file that is nested."""
+    flat = vit() | {"head.weight": torch.zeros(5, 128), "head.bias": torch.zeros(5)}
+    assert read_file(save(tmp_path, flat)).statistics == ((0.5,) * 3, (0.5,) * 3)
+    assert read_file(save(tmp_path, {"model": flat})).statistics[0][0] == pytest.approx(0.485)
+
+
 def test_distilled_deit_loses_its_second_token(tmp_path):
     state = vit(size=(224, 224))
     pos = torch.randn(1, 198, 128)
