@@ -2,10 +2,11 @@
 #   PYTHON=python make test        uses the environment you are in
 
 .DEFAULT_GOAL := help
-.PHONY: help demo study ablation test stress pretrain-upreid pretrain-personvit finetune evaluate bench clean
+.PHONY: help demo study test stress pretrain-upreid pretrain-personvit finetune evaluate bench clean
 
 DATASET   ?= synthetic
 DATA_ROOT ?= data
+STUDY     ?= few-shot
 FLAGS     ?=
 TRAIN      = $(PYTHON) $(if $(GPUS),-m torch.distributed.run --standalone --nproc-per-node $(GPUS) --) train.py
 
@@ -27,13 +28,10 @@ help:  ## this list
 	@touch $@
 
 demo: $(SETUP)  ## synthetic people: draw, pre-train, fine-tune, evaluate, rank list; minutes on a CPU
-	$(PYTHON) train.py --demo --data-root $(DATA_ROOT) $(FLAGS)
+	$(PYTHON) study.py demo --data-root $(DATA_ROOT) $(FLAGS)
 
-study: $(SETUP)  ## the demo's table with mean and spread over three seeds
-	$(PYTHON) train.py --study --data-root $(DATA_ROOT) $(FLAGS)
-
-ablation: $(SETUP)  ## UP-ReID's losses one by one, three seeds: DATASET=market1501 FLAGS="--size 64x32"
-	$(PYTHON) train.py --ablation --dataset $(DATASET) --data-root $(DATA_ROOT) $(FLAGS)
+study: $(SETUP)  ## does pre-training pay? STUDY=few-shot, upreid or personvit; five seeds, hours
+	$(PYTHON) study.py $(STUDY) --dataset $(DATASET) --data-root $(DATA_ROOT) $(FLAGS)
 
 test: $(SETUP)  ## all tests, on the CPU
 	$(PYTHON) -m pytest -q tests *.py --doctest-modules

@@ -557,6 +557,19 @@ def shared_uint8(n: int) -> Tensor:
 # ---------------------------------------------------------------------------------------------
 
 
+def some_identities(records: Sequence[Record], share: float, seed: int) -> Sequence[Record]:
+    """The images of a share of the identities, drawn by the seed and numbered anew; all for 1.
+
+    A smaller share of the same seed is a part of a larger one.
+    """
+    if share == 1:
+        return records
+    pids = sorted({r.pid for r in records})
+    drawn = np.random.default_rng(seed).permutation(pids)[:round(share * len(pids))]
+    number = {pid: i for i, pid in enumerate(sorted(drawn.tolist()))}
+    return [r._replace(pid=number[r.pid]) for r in records if r.pid in number]
+
+
 class PKSampler:
     """Batches of P distinct identities x K images each, for the batch-hard triplet loss.
 

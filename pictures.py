@@ -1,4 +1,4 @@
-"""Pictures (PNG, by Pillow alone): rank lists, attention, clusters of patches, curves of runs.
+"""Pictures (PNG, by Pillow alone): rank lists, attention, clusters of patches, curves, studies.
 
 Each function takes what it draws as plain values and decides nothing: which image ranks where,
 which patch is in which cluster is computed in evaluate.py. Read `draw_ranks`.
@@ -15,8 +15,8 @@ from data import write_atomic
 
 GREEN, RED, GREY, INK = (30, 150, 60), (205, 45, 45), (120, 120, 120), (30, 30, 30)
 # ten colours that the colour-blind can tell apart on a photograph (Okabe and Ito's, and two more)
-PALETTE = [(230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178),
-           (213, 94, 0), (204, 121, 167), (120, 120, 120), (150, 80, 200), (140, 200, 60)]
+PALETTE = [(230, 159, 0), (86, 180, 233), (0, 158, 115), (0, 114, 178), (213, 94, 0),
+           (204, 121, 167), (120, 120, 120), (150, 80, 200), (140, 200, 60), (240, 228, 66)]
 W, H, GAP, LABEL, HEAD = 64, 128, 14, 16, 44  # pixels of a person, between people, of text
 
 
@@ -175,6 +175,41 @@ def draw_curves(file: str | Path, panels: list[tuple[str, str, str, dict]]) -> N
         draw.rectangle((left, y + 3, left + 14, y + 11), fill=PALETTE[i % len(PALETTE)])
         shown = name if len(name) <= 60 else "..." + name[-57:]
         draw.text((left + 22, y), shown, INK, font)
+    write_atomic(Path(file), lambda handle: page.save(handle, format="PNG"))
+
+
+def draw_dots(file: str | Path, title: str, groups: dict[str, dict[str, list[float]]]) -> None:
+    """A row per name: a dot for each of its values, a bar at their mean. groups: {heading: {name:
+    values}}; a name has one colour in all groups."""
+    font, w, line = ImageFont.load_default(12), 460, 22
+    names = list(dict.fromkeys(name for rows in groups.values() for name in rows))
+    left = 4 * GAP + int(max(font.getlength(name) for name in names))
+    values = [v for rows in groups.values() for vs in rows.values() for v in vs]
+    marks = ticks(min(values), max(values))
+    lines = sum(1 + len(rows) for rows in groups.values())
+    x1, y1 = left + w, HEAD + lines * line
+    page = Image.new("RGB", (max(x1, int(font.getlength(title))) + 2 * GAP, y1 + 2 * GAP), "white")
+    draw = ImageDraw.Draw(page)
+    draw.text((GAP, 12), title, INK, font)
+
+    def place(value: float) -> float:
+        return left + (value - marks[0]) / (marks[-1] - marks[0]) * w
+
+    for mark in marks:
+        draw.line((place(mark), HEAD, place(mark), y1), (225, 225, 225))
+        draw.text((place(mark), y1 + 4), f"{mark:g}", INK, font, anchor="ma")
+    y = HEAD
+    for heading, rows in groups.items():
+        draw.text((GAP, y + 4), heading, GREY, font)
+        for name, vs in rows.items():
+            y += line
+            color = PALETTE[names.index(name) % len(PALETTE)]
+            draw.text((2 * GAP, y + 4), name, INK, font)
+            mean, middle = place(sum(vs) / len(vs)), y + line // 2
+            draw.line((mean, middle - 8, mean, middle + 8), color, 3)
+            for x in map(place, vs):
+                draw.ellipse((x - 4, middle - 4, x + 4, middle + 4), outline=color, width=2)
+        y += line
     write_atomic(Path(file), lambda handle: page.save(handle, format="PNG"))
 
 

@@ -60,6 +60,7 @@ class PersonViTRecipe:
     freeze_last_layer: int = option(1, "epochs in which prototypes stand still [iBOT]", 0, 1e6)
     drop_path: float = option(0.1, "stochastic depth of the student [iBOT]", 0, 0.99)
     local_crops: int = option(8, "local views [DINO for ReID; 'n8' may mean it: inferred]", 0, 64)
+    masks: bool = option(True, "hide patches from the student; without, only [CLS] is learnt, DINO")
     global_scale: tuple[float, float] = option((0.4, 1.0), "share of the area [inferred]", 1e-3, 1)
     local_scale: tuple[float, float] = option((0.05, 0.8), "0.05 [DINO], 0.8 [inferred]", 1e-3, 1)
     aspect: tuple[float, float] = option((0.375, 0.667), "width / height [inferred]", 0.1, 10)
@@ -161,8 +162,9 @@ def personvit(recipe: PersonViTRecipe, machine: Machine) -> Method:
         first = machine.rank * len(x)                  # this process's place in the whole batch
         masks = [draw_masks(2, *backbone.grid, step_generator(recipe.seed, step, 2, first + i))
                  for i in range(len(x))]
+        masks = torch.stack(masks, dim=1) & recipe.masks
         return {**multi_crop(x, recipe.seed, step),
-                "masks": torch.stack(masks, dim=1)}    # (2, B, rows, columns), on the CPU
+                "masks": masks}                        # (2, B, rows, columns), on the CPU
 
     def losses(views: dict[str, Tensor], now: dict[str, float]) -> dict[str, Tensor]:
         return model(views, now["teacher_temp"], now["teacher_temp"], recipe.student_temp)

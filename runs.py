@@ -123,6 +123,14 @@ class Run:
                              f"({'; '.join(changed)}); choose another folder with --out, or start "
                              f"over with --overwrite")
 
+    def results(self) -> dict | None:
+        """What a finished run has measured; None before it has, or if --overwrite forgets it."""
+        try:
+            found = json.loads((self.folder / "results.json").read_text())
+            return found if found["mAP"] >= 0 and not self.overwrite else None
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            return None  # a damaged file is made anew
+
     @contextlib.contextmanager
     def begin(self):
         """Hold the folder for this run; delete what `overwrite` allows, write recipe.json."""

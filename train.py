@@ -1,4 +1,4 @@
-"""Training: fine-tuning for ReID, the demo and the study, and the command line of all training.
+"""Training: fine-tuning for ReID, and the command line of all training.
 
 P identities x K images -> backbone -> feature f -> BNNeck -> classifier
 
@@ -6,7 +6,8 @@ P identities x K images -> backbone -> feature f -> BNNeck -> classifier
 
 The identity loss knows only training identities; the triplet loss shapes distances, which is what
 ranks new people. Three steps equal the reference code's (tests/golden/finetune_3steps).
-Pre-training is in pretrain.py, what all runs share in runs.py. Read `fine_tune`.
+Pre-training is in pretrain.py, what all runs share in runs.py, comparisons of trainings in study.py.
+Read `fine_tune`.
 """
 
 import argparse
@@ -14,21 +15,18 @@ import dataclasses
 import json
 import math
 import os
-import re
-import time
 import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from augment import IMAGENET_MEAN, IMAGENET_STD, FineTuneTransform
-from data import NAMES, Images, InputError, PKSampler, command_line, load_dataset
-from evaluate import (colour_histograms, device_name, draw_ranks, evaluate, rank_features,
-                      similarity_ranges)
+from data import (NAMES, Images, InputError, PKSampler, command_line, load_dataset,
+                  some_identities)
+from evaluate import device_name, evaluate, similarity_ranges
 from pretrain import LAPTOP_ARCHS, RECIPES, pretrain, pretrain_recipe_for
 from runs import (Machine, Run, all_rows, average_gradients, check_finite, check_recipe, cosine,
                   first_then_others, loop, open_run, option, processes, share_batch_norms)
@@ -58,6 +56,7 @@ class Recipe:
     warmup: int = option(20, "epochs of linear warm-up from 1 %% of the rate", 0, 1e6)
     smoothing: float = option(0.0, "label smoothing of the cross-entropy", 0, 1)
     margin: float | None = option(None, "of the triplet; none: log(1 + exp(d_ap - d_an))", 0, 1e3)
+    labelled: float = option(1.0, "share of the identities to train on, drawn by the seed", 1e-6, 1)
     drop_path: float = option(0.1, "stochastic depth of the last ViT block", 0, 0.99)
     last_stride: int = option(1, "stride of the last ResNet stage", choices=(1, 2))
     erase: str = option("noise", "what random erasing leaves", choices=("noise", "mean"))
@@ -211,7 +210,8 @@ def fine_tune(recipe: Recipe, dataset, run: Run, weights: str | None,
 
 def fine_tune_and_evaluate(recipe: Recipe, dataset, out, overwrite: bool = False,
                            weights: str | None = None, machine: Machine = Machine()):
-    """One whole run: train, save model.pth, evaluate, save results.json; evaluate's triple."""
+    """One whole run: train, save model.pth, evaluate, save results.json; what that file holds, or
+    None without queries. A run that was finished before is not run again."""
     nameless = [r.path for r in dataset.train[:1_000_000] if r.pid < 0]
     if nameless:
         raise InputError(f"{dataset.name} has training images without identity, first "
@@ -219,8 +219,13 @@ def fine_tune_and_evaluate(recipe: Recipe, dataset, out, overwrite: bool = False
                          f"serve --pretrain")
     if weights and overwrite and Path(weights).resolve().parent == Path(out).resolve():
         raise InputError(f"--overwrite would delete {weights}; choose another folder with --out")
+    few = some_identities(dataset.train, recipe.labelled, recipe.seed)
+    dataset = dataclasses.replace(dataset, train=few)
     ids = len({r.pid for r in dataset.train})
     run = open_run(out, recipe, dataset, overwrite, machine, weights=weights)
+    if run.results():
+        print(f"{run.folder} is finished: mAP {run.results()['mAP']:.2%}; --overwrite starts over")
+        return run.results()
     print(f"  id loss of a network that knows nothing: ln({ids}) = {math.log(max(ids, 1)):.2f}")
     model = fine_tune(recipe, dataset, run, weights, machine)
     mean, std = recipe.statistics
@@ -240,98 +245,7 @@ def fine_tune_and_evaluate(recipe: Recipe, dataset, out, overwrite: bool = False
                "minutes": round(run.seconds / 60, 1)}
     run.write("results.json", json.dumps(numbers, indent=1).encode())
     print(f"{result}\nsaved {run.folder}/model.pth; training took {numbers['minutes']} minutes")
-    return result, q, g
-
-
-# ---------------------------------------------------------------------------------------------
-# The demo and the study
-# ---------------------------------------------------------------------------------------------
-
-
-def study(seeds: list[int], data_root: str, out: Path, overwrite: bool, machine: Machine) -> None:
-    """Synthetic people, from nothing to a table and a picture; mean and spread over seeds.
-
-    Every trained row has the same fine-tuning; rows differ in the network and in where it starts.
-    """
-    start, rows = time.perf_counter(), {}
-    dataset = load_dataset("synthetic", data_root)
-    labels = [([r.pid for r in part], [r.camid for r in part])
-              for part in (dataset.query, dataset.gallery)]
-    features = [colour_histograms(part) for part in (dataset.query, dataset.gallery)]
-    rows["colour histogram"] = [rank_features(features[0], *labels[0], features[1], *labels[1])]
-    for seed in seeds:
-        torch.manual_seed(seed)
-        plain = recipe_for("synthetic")
-        reading = {"size": plain.size, "mean": plain.statistics[0], "std": plain.statistics[1]}
-        # without BNNeck: a fresh one would change no ranking
-        untrained, _, _ = evaluate(build_backbone(plain.arch, plain.size), dataset, reading,
-                                   workers=machine.workers)
-        rows.setdefault(f"{plain.arch}, untrained", []).append(untrained)
-        for method, title in (("upreid", "UP-ReID"), ("personvit", "PersonViT")):
-            before = dataclasses.replace(pretrain_recipe_for(method, "synthetic"), seed=seed)
-            recipe = dataclasses.replace(recipe_for("synthetic", before.arch), seed=seed)
-            for origin, pre in (("random weights", None), (title, before)):
-                name = f"{recipe.arch}, from {origin}"
-                done = train_row(name, pre, recipe, dataset, out, overwrite, machine)
-                rows.setdefault(name, []).append(done[0])
-                if done[0].mAP == max(r.mAP for results in rows.values() for r in results):
-                    best, best_ranking = name, done
-    draw_ranks(out / "ranks.png", dataset, *best_ranking)
-    print_rows(rows, f"synthetic people, {len(dataset.query)} queries, seeds {seeds}")
-    minutes = (time.perf_counter() - start) / 60
-    print(f"rank list of {best} in {out / 'ranks.png'}; {minutes:.1f} minutes in all")
-
-
-def train_row(name: str, before, recipe: Recipe, dataset, out: Path, overwrite: bool,
-              machine: Machine):
-    """One row of a table for one seed: pre-train, unless `before` is None, fine-tune, evaluate."""
-    folder = out / re.sub(r"[^\w.-]+", "_", f"{name}_{recipe.seed}")
-    weights = None
-    if before:
-        run = open_run(f"{folder}_pretraining", before, dataset, overwrite, machine)
-        pretrain(before, dataset, run, machine)
-        weights = str(run.folder / "backbone.pth")
-    return fine_tune_and_evaluate(recipe, dataset, folder, overwrite, weights, machine)
-
-
-# What UP-ReID adds, one by one: weights of the consistency and of the contrast among stripes.
-ABLATION = {"U1, instance contrast (MoCo v2)": (0.0, 0.0),
-            "U1 + U2, global consistency": (1.0, 0.0),
-            "U1 + U3, intrinsic contrast": (0.0, 1.0), "U1 + U2 + U3 (UP-ReID)": (1.0, 1.0)}
-
-
-def ablation(seeds: list[int], dataset, given: dict, out: Path, overwrite: bool,
-             machine: Machine) -> None:
-    """UP-ReID's parts on one dataset: the same pre-training and fine-tuning but for the losses.
-
-    given: recipe fields, of which size and epochs apply to both trainings.
-    """
-    start, rows = time.perf_counter(), {}
-    both = {key: given[key] for key in ("size", "epochs") if key in given}
-    for seed in seeds:
-        before = pretrain_recipe_for("upreid", dataset.name, "resnet_tiny")
-        before = dataclasses.replace(before, seed=seed, **both)
-        recipe = dataclasses.replace(recipe_for(dataset.name, before.arch), seed=seed, **both)
-        variants = {"random weights": None} | {
-            name: dataclasses.replace(before, weight_global=g, weight_local=l)
-            for name, (g, l) in ABLATION.items()}
-        for name, pre in variants.items():
-            done = train_row(name, pre, recipe, dataset, out, overwrite, machine)
-            rows.setdefault(name, []).append(done[0])
-        print_rows(rows, f"{dataset.name}, seeds {seeds[:seeds.index(seed) + 1]}")
-    print(f"{(time.perf_counter() - start) / 60:.1f} minutes in all")
-
-
-def print_rows(rows: dict, title: str) -> None:
-    """One line per method: mean of mAP, rank-1, 5, 10, with the standard deviation over seeds."""
-    heads = ("mAP", "rank-1", "rank-5", "rank-10")
-    print(f"\n{title:<46}" + "".join(f"{head:>14}" for head in heads))
-    for name, results in rows.items():
-        values = np.array([[r.mAP, *(r.cmc[k - 1] for k in (1, 5, 10))] for r in results]) * 100
-        spread = values.std(0, ddof=1) if len(values) > 1 else None
-        cells = [f"{v:.1f} %" if spread is None else f"{v:.1f} +- {s:.1f}"
-                 for v, s in zip(values.mean(0), values.mean(0) if spread is None else spread)]
-        print(f"  {name:<44}" + "".join(f"{cell:>14}" for cell in cells))
+    return numbers
 
 
 # ---------------------------------------------------------------------------------------------
@@ -384,9 +298,6 @@ def make_parser(recipe_class=Recipe) -> argparse.ArgumentParser:
     add("--accum", type=int, default=1, metavar="N",
         help="pre-training: passes that a step is split into, for less memory")
     add("--compile", action="store_true", help="PersonViT pre-training: use torch.compile")
-    add("--demo", action="store_true", help="everything on synthetic people, one seed")
-    add("--study", action="store_true", help="the demo's table over three seeds")
-    add("--ablation", action="store_true", help="UP-ReID's losses one by one, over three seeds")
     add("--pretrain", choices=tuple(RECIPES), help="pre-train without labels; ends in backbone.pth")
     add("--keep-every", type=int, default=0, metavar="EPOCHS", help="pre-training: keep backbones")
     add("--monitor", metavar="NAME", help="pre-training: labelled dataset to watch mAP on")
@@ -418,15 +329,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]
         parser.error("--accum is for --pretrain: the triplet loss needs its whole batch at once")
     if (args.monitor or args.keep_every) and not args.pretrain:
         parser.error("--monitor and --keep-every are for --pretrain")
-    if (args.demo or args.study or args.ablation) and "WORLD_SIZE" in os.environ:
-        parser.error("--demo, --study and --ablation run in one process: start them with python")
     if args.compile and args.pretrain != "personvit":
         parser.error("--compile is for --pretrain personvit")
-    other = given or args.dataset != "synthetic" or args.pretrain or "weights" in args
-    if (args.demo or args.study) and other:
-        parser.error("--demo and --study have their own recipes; leave them out to choose one")
-    if args.ablation and (args.pretrain or "weights" in args or set(given) - {"size", "epochs"}):
-        parser.error("--ablation has its own recipes, of which --size and --epochs can be changed")
     if args.pretrain and "weights" in args:
         parser.error("--weights is for fine-tuning; pre-training starts from random weights")
     return args, given
@@ -436,18 +340,6 @@ def main(argv: list[str] | None = None) -> None:
     args, given = parse_args(argv)
     machine = Machine(args.device, args.workers, args.save_every, args.checkpoints,
                       accumulate=args.accum, compile=args.compile)
-    if args.demo or args.study:
-        # small images, kept in memory after the first epoch: worker processes would not pay
-        machine.workers = 0
-        seeds, name = ([0, 1, 2], "study") if args.study else ([0], "demo")
-        out = Path(getattr(args, "out", f"runs/{name}"))
-        study(seeds, args.data_root, out, args.overwrite, machine)
-        return
-    if args.ablation:
-        dataset = load_dataset(args.dataset, args.data_root, args.train_only)
-        out = Path(getattr(args, "out", f"runs/ablation_{Path(args.dataset).name}"))
-        ablation([0, 1, 2], dataset, given, out, args.overwrite, machine)
-        return
     arch = given.pop("arch", None)
     recipe = (pretrain_recipe_for(args.pretrain, args.dataset, arch) if args.pretrain else
               recipe_for(args.dataset, arch))

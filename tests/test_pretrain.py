@@ -3,9 +3,7 @@
 import dataclasses
 import functools
 import itertools
-import json
 import math
-import re
 import shutil
 
 import numpy as np
@@ -102,18 +100,6 @@ def test_pretraining_ends_in_weights_that_fine_tune(dataset, tmp_path):
     tuned = train.fine_tune(still, dataset, Run(tmp_path / "b", {}), run.folder / "backbone.pth", Machine("cpu", 0))
     exported = model.backbone_for_export().state_dict()
     assert all(torch.equal(v, exported[k]) for k, v in tuned.base.state_dict().items())
-
-
-def test_ablation_has_a_row_for_every_part(dataset, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "pretrain_recipe_for", lambda *_: SMALL_UP)
-    monkeypatch.setattr(train, "recipe_for", lambda *_: train.Recipe(arch="resnet_tiny", ids=3, images=2))
-    train.ablation([0, 1], dataset, {"size": (64, 32), "epochs": 1}, tmp_path, False, Machine("cpu", 0))
-    table = capsys.readouterr().out
-    for name in ("random weights", *train.ABLATION):
-        assert re.search(rf"^  {re.escape(name)} .*\+-", table, re.M), name
-    weights = [json.loads(p.read_text()) for p in sorted(tmp_path.glob("U1*_pretraining/recipe.json"))]
-    assert sorted((w["weight_global"], w["weight_local"], w["seed"]) for w in weights) == [
-        (g, l, seed) for g in (0, 1) for l in (0, 1) for seed in (0, 1)]
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")

@@ -11,6 +11,7 @@ from conftest import ROOT
 
 import data
 import evaluate
+import study
 import train
 
 README = (ROOT / "README.md").read_text()
@@ -36,7 +37,7 @@ def test_command_parses(command):
     if words[1:3] == ["-m", "pytest"]:
         return
     parse = {"train.py": train.parse_args, "evaluate.py": evaluate.parse_args,
-             "data.py": data.make_parser().parse_args}[words[1]]
+             "data.py": data.make_parser().parse_args, "study.py": study.make_parser().parse_args}[words[1]]
     parse(words[2:])  # exits, and so fails, on an unknown flag
 
 
@@ -45,7 +46,8 @@ EDGES = {"upreid": set(), "personvit": set(), "synthetic": set(), "augment": set
          "evaluate": {"weights", "ranking", "pictures", "data", "augment", "personvit"},
          "runs": {"data", "augment", "evaluate", "weights", "personvit", "upreid"},
          "pretrain": {"data", "augment", "evaluate", "weights", "personvit", "upreid", "runs"},
-         "train": {"data", "augment", "evaluate", "weights", "pretrain", "runs", "upreid"}}
+         "train": {"data", "augment", "evaluate", "weights", "pretrain", "runs", "upreid"},
+         "study": {"data", "evaluate", "pictures", "weights", "pretrain", "runs", "train"}}
 METHOD_FILES = {"upreid": {"torch"}, "personvit": {"torch"}}
 PACKAGES = {"torch", "torchvision", "numpy", "scipy", "PIL"}
 

@@ -402,7 +402,7 @@ def test_mistakes_get_one_line(tmp_path):
         assert done.returncode == 1 and re.search(words, done.stderr), done.stderr
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     for args in (["--size", "256"], ["--device", "tpu"], ["--workers", "-1"], ["--save-every", "0"],
-                 ["--margin", "wide"], ["--demo", "--lr", "1"]):
+                 ["--margin", "wide"], ["--monitor", "market1501"]):
         done = command(*args)
         assert done.returncode == 2 and "Traceback" not in done.stderr
     assert not list(tmp_path.glob("run/*"))
