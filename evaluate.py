@@ -89,9 +89,10 @@ def extract(model: nn.Module, records: list[Record], size: tuple[int, int], mean
 
 
 def quiet_worker(_: int) -> None:
-    """Ctrl-C is for the main process; its workers end when it tells them to, without tracebacks."""
+    """Ctrl-C, or SIGTERM to all processes of a job, is for the main process; its workers end when
+    it tells them to, without tracebacks. A second SIGTERM ends a worker all the same."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
 
 def colour_histograms(records: list[Record], size=(128, 64), bins: int = 8) -> Tensor:

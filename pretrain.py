@@ -39,7 +39,7 @@ class PersonViTRecipe:
 
     arch: str = option("vit_small", "backbone [PersonViT]", choices=VITS)
     size: tuple[int, int] = option((256, 128), "global crops [PersonViT]; local: half", 16, 4096)
-    epochs: int = option(300, "passes over the images [notes on the paper]", 1, 1e6)
+    epochs: int = option(300, "passes over the images [notes on the paper]", 1, 9999)
     batch: int = option(512, "images per step, of all processes [ours]", 1, 1e6)
     lr: float = option(5e-4, "peak learning rate, times batch / 256 [iBOT]", 0, 1e3)
     min_lr: float = option(1e-6, "learning rate at the end [iBOT]", 0, 1e3)
@@ -75,7 +75,7 @@ class UPReIDRecipe:
 
     arch: str = option("resnet50", "backbone [PLIP's table, of UP-ReID]", choices=RESNETS)
     size: tuple[int, int] = option((256, 128), "height x width of the views [LUP]", 16, 4096)
-    epochs: int = option(200, "passes over the images [LUP]", 1, 1e6)
+    epochs: int = option(200, "passes over the images [LUP]", 1, 9999)
     batch: int = option(2560, "images per step, of all processes [LUP]", 2, 1e6)
     lr: float = option(0.03, "times batch / 256 [ours]: 0.3 at 2560 [LUP]", 0, 1e3)
     weight_decay: float = option(1e-4, "on every parameter [LUP]", 0, 1e3)
@@ -273,7 +273,8 @@ def pretrain(recipe: PersonViTRecipe | UPReIDRecipe, dataset, run: Run, machine:
     """Pre-train on dataset.train without labels, going on from the run's checkpoint.
 
     keep_every: epochs between backbones kept apart. monitor: a labelled dataset whose mAP by plain
-    features is logged every `monitor_every` epochs. Raises InputError as `loop` does.
+    features is logged at the start and every `monitor_every` epochs. Raises InputError as `loop`
+    does.
     """
     check_recipe(recipe)
     torch.manual_seed(recipe.seed)
@@ -330,7 +331,7 @@ def pretrain(recipe: PersonViTRecipe | UPReIDRecipe, dataset, run: Run, machine:
                         "backbone": model.backbone_for_export().state_dict()})
 
     def after_epoch(epoch: int) -> None:
-        if keep_every and epoch % keep_every == 0:
+        if keep_every and epoch and epoch % keep_every == 0:
             save_backbone(f"backbone_e{epoch:04d}.pth", epoch)
         if monitor and epoch % monitor_every == 0 and machine.rank == 0:
             result, _, _ = evaluate(model.backbone_for_export(), monitor, reading(),

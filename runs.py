@@ -85,9 +85,10 @@ class Run:
     are no run's, unless `overwrite` allows to start over. Of several processes the first writes.
     """
 
-    def __init__(self, folder: str | Path, recipe: dict, overwrite: bool = False, rank: int = 0):
+    def __init__(self, folder: str | Path, recipe: dict, overwrite: bool = False, rank: int = 0,
+                 circumstances: dict | None = None):
         self.folder, self.overwrite, self.seconds = Path(folder), overwrite, 0.0
-        self.writes = rank == 0
+        self.writes, self.circumstances = rank == 0, circumstances or {}
         self.recipe = json.loads(json.dumps(recipe))  # tuples become lists, as when read back
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -162,7 +163,8 @@ class Run:
     def save_checkpoint(self, step: int, content: dict, keep: int) -> None:
         """Write the state after `step` steps; of those before it, the latest keep - 1 stay."""
         new = self.folder / f"checkpoint_{step:09d}.pth"
-        self.save(new.name, {"format": "reid-checkpoint", "step": step, **content})
+        self.save(new.name, {"format": "reid-checkpoint", "step": step, **content,
+                             "circumstances": self.circumstances})
         if self.writes:
             earlier = [path for path in self.checkpoints() if path < new]
             later = [path for path in self.checkpoints() if path > new]  # which `restore` passed by
@@ -186,6 +188,10 @@ class Run:
                 self.seconds = float(state["seconds"])  # of training, over all starts
                 step, bad = int(state["step"]), set(state["bad"])
                 print(f"going on at step {step:,} from {path}", flush=True)
+                for name, before in state["circumstances"].items():
+                    if before != self.circumstances.get(name, before):
+                        print(f"WARNING: {name}: {before} before, {self.circumstances[name]} now; "
+                              f"the run goes on, but not to the last bit as it would have")
                 return step, bad
             except (InputError, zipfile.BadZipFile, zlib.error, OSError, EOFError, LookupError,
                     TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -462,8 +468,8 @@ def loop(run: Run, images: Images, sampler, recipe, parts: dict, take_step, mach
     """Run take_step over all batches of all epochs, logging, saving, going on from a checkpoint.
 
     take_step(step, x, used) -> scalars to log; x is the uint8 batch, used the indices of its
-    images. parts: whatever has a state_dict and belongs into the checkpoint. after_epoch(epoch),
-    1-based. collapsed(values) -> bool judges each log line. Raises InputError for too many broken
+    images. parts: whatever has a state_dict and belongs into the checkpoint. after_epoch(epoch), 0
+    before the first. collapsed(values) -> bool judges each log line. Raises InputError for too many broken
     images; take_step does for a loss that is not finite (`check_finite`).
     """
     last, meter = recipe.epochs * len(sampler), Meter()
@@ -475,6 +481,8 @@ def loop(run: Run, images: Images, sampler, recipe, parts: dict, take_step, mach
                              f"machines need a folder on a file system that they share")
         meter.start_clock()
         loader = batches(images, sampler, first, recipe.epochs, machine.workers)
+        if after_epoch and not first:
+            after_epoch(0)
         for step, (x, asked, used) in enumerate(meter.waiting(loader), first):
             bad.update(asked[asked != used].tolist())
             check_broken(bad, images.records)
@@ -583,10 +591,12 @@ def open_run(out, recipe, dataset, overwrite: bool, machine: Machine, **more) ->
     described = dataclasses.asdict(recipe) | {"dataset": dataset.name, **more,
                                               "data": dataset.fingerprint()}
     check_agreement(described | {"--accum": machine.accumulate, "--save-every": machine.save_every})
-    run = Run(out, described, overwrite, machine.rank)
-    print(f"run {run.folder}: " + " ".join(f"{k}={v}" for k, v in described.items()))
-    print(f"  torch {torch.__version__}, {machine.world} x {machine.device}, "
-          f"{torch.get_num_threads()} threads")
+    circumstances = {"torch": str(torch.__version__), "device": machine.device.split(":")[0],
+                     "processes": machine.world, "--accum": machine.accumulate,
+                     "threads": torch.get_num_threads()}
+    run = Run(out, described, overwrite, machine.rank, circumstances)
+    for start, what in ((f"run {run.folder}:", described), (" ", circumstances)):
+        print(start, *(f"{k}={v}" for k, v in what.items()))
     if 0 < recipe.epochs <= getattr(recipe, "warmup", 0):
         print(f"WARNING: warm-up takes all {recipe.epochs} epochs; --warmup shortens it")
     return run

@@ -6,8 +6,8 @@ P identities x K images -> backbone -> feature f -> BNNeck -> classifier
 
 The identity loss knows only training identities; the triplet loss shapes distances, which is what
 ranks new people. Three steps equal the reference code's (tests/golden/finetune_3steps).
-Pre-training is in pretrain.py, what all runs share in runs.py, comparisons of trainings in study.py.
-Read `fine_tune`.
+Pre-training is in pretrain.py, what all runs share in runs.py, comparisons of many trainings in
+study.py. Read `fine_tune`.
 """
 
 import argparse

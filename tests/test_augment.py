@@ -9,8 +9,8 @@ import torchvision.transforms.v2.functional as TF
 from torchvision.transforms import InterpolationMode
 
 import augment
-from augment import (ContrastViews, Draws, FineTuneTransform, MultiCrop, blur_matrix, colour_jitter, grey, inside, normalize,
-                     resize_matrix)
+from augment import (IMAGENET_MEAN, IMAGENET_STD, ContrastViews, Draws, FineTuneTransform, MultiCrop, blur_matrix,
+                     colour_jitter, grey, inside, normalize, resize_matrix)
 
 # ---- augmentation ----------------------------------------------------------------------------
 
@@ -296,3 +296,17 @@ def test_gpu_equals_cpu(views):
     on_cpu = views(images, 5, 9)
     for key, value in views(images.cuda(), 5, 9).items():
         torch.testing.assert_close(value.cpu(), on_cpu[key], rtol=1e-4, atol=1e-4)
+
+
+def test_threads_change_no_bit_of_a_view():
+    images = torch.randint(0, 256, (6, 3, 64, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    before, got = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        views = [MultiCrop((64, 32), 2)(images, 5, 6), ContrastViews(True, 4)(images, 5, 6),
+                 {"image": FineTuneTransform(IMAGENET_MEAN, IMAGENET_STD)(images, 5, 6)}]
+        got.append([v for view in views for v in view.values()])
+    torch.set_num_threads(before)
+    assert len(got[0]) == 8
+    for other in got[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(got[0], other, strict=True))

@@ -4,6 +4,7 @@ Seeded random cases; FUZZ=1000 in the environment tries so many of each kind ins
 """
 
 import io
+import json
 import os
 import pickle
 import random
@@ -16,7 +17,9 @@ import torch
 from conftest import write_image
 from PIL import Image
 
+import evaluate
 from data import InputError, Record, load_dataset, read_image
+from runs import Run
 from weights import ReIDModel, build_backbone, inspect, load_model, load_weights
 
 CASES = int(os.environ.get("FUZZ", 150))
@@ -181,3 +184,29 @@ def test_hostile_pickles(tmp_path):
                     with pytest.raises(InputError, match="nothing was loaded|none of|makes no sense"):
                         action(path)
                 assert not target.exists()
+
+
+def test_files_of_a_run(tmp_path):
+    """Of whatever its log, recipe and results have become, a run folder is opened, or refused in one line."""
+    rng = random.Random(0)
+    whole = {"recipe.json": b'{"lr": 0.1, "size": [64, 32]}', "results.json": json.dumps(RESULTS).encode(),
+             "log.jsonl": b'{"step": 20, "total": 3.5}\n{"step": 40, "total": 2.5}\n'}
+    seen = set()
+    for name in whole:
+        for file, content in whole.items():
+            (tmp_path / file).write_bytes(content)
+        for _ in range(CASES):
+            (tmp_path / name).write_bytes(damaged(rng, whole[name]))
+            assert isinstance(evaluate.explain_similarity(str(tmp_path / "model.pth")), str)
+            try:
+                results = Run(tmp_path, {"lr": 0.1, "size": (64, 32)}).results()
+                assert results is None or results["mAP"] >= 0
+                evaluate.draw_curves(tmp_path / "curves.png", [str(tmp_path)])
+                seen.add((name, "read"))
+            except InputError as error:
+                assert one_line(error, tmp_path) and len(str(error)) < 1000
+                seen.add((name, "refused"))
+    assert len(seen) == 6
+
+
+RESULTS = {"mAP": 0.5, "rank1": 0.6, "cmc": [0.6, 0.7], "similarity": {"same": [0.1, 0.5, 0.9], "other": [0.1, 0.2, 0.3]}}

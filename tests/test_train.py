@@ -408,21 +408,24 @@ def test_mistakes_get_one_line(tmp_path):
     assert not list(tmp_path.glob("run/*"))
 
 
-def test_ctrl_c_says_where_the_checkpoint_is_and_the_same_command_goes_on(tmp_path):
+@pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGTERM, signal.SIGINT]])
+def test_a_stop_says_where_the_checkpoint_is_and_the_same_command_goes_on(tmp_path, signals):
     market_tree(tmp_path / "market1501")
     args = ["--dataset", "market1501", "--data-root", tmp_path, "--out", tmp_path / "run", "--arch", "vit_tiny",
             "--size", "32x16", "--ids", "2", "--images", "2", "--workers", "1", "--device", "cpu"]
     process = start_command(*args, "--epochs", 5000)
-    while '"step"' not in process.stdout.readline():
+    while (line := process.stdout.readline()) and '"step"' not in line:
         pass
-    os.killpg(process.pid, signal.SIGINT)                       # as the terminal does: workers get it too
+    for number in signals:
+        os.killpg(process.pid, number)                          # as terminals and schedulers do: workers get it too
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1 and "Traceback" not in err
     stopped = int(re.search(r"stopped after step ([\d,]+) of 20,000; .*checkpoint_\d+.pth", err)[1].replace(",", ""))
     again = start_command(*args, "--epochs", 5000)
-    text = ""
-    while '"step"' not in text:
-        text += again.stdout.readline()
+    text = line = again.stdout.readline()
+    while line and '"step"' not in line:
+        line = again.stdout.readline()
+        text += line
     again.send_signal(signal.SIGTERM)
     again.communicate(timeout=60)
     assert f"going on at step {stopped:,}" in text
@@ -510,6 +513,21 @@ def test_seed_decides_alone(tmp_path):
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "a" / "model.pth").read_bytes() == (tmp_path / "b" / "model.pth").read_bytes()
     assert log_lines(tmp_path / "a") == log_lines(tmp_path / "b") != []
+
+
+def test_threads_change_rounding_alone_and_resuming_says_so(tmp_path):
+    """Sums over more threads are rounded otherwise; in double precision nothing else is seen."""
+    flags = [*small_run(tmp_path, epochs=3), "--save-every", 4]
+    for threads in "12":
+        done = command(*flags, "--out", tmp_path / threads, script=DOUBLE, env=os.environ | {"OMP_NUM_THREADS": threads})
+        assert done.returncode == 0 and f"threads={threads}" in done.stdout, done.stderr
+    one, two = (torch.load(tmp_path / threads / "checkpoint_000000006.pth", weights_only=True)["model"] for threads in "12")
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-7, atol=1e-8, msg=lambda m: f"{name}: {m}")
+    assert log_lines(tmp_path / "1") == log_lines(tmp_path / "2") != []
+    (tmp_path / "1" / "results.json").unlink()
+    again = command(*flags, "--out", tmp_path / "1", script=DOUBLE, env=os.environ | {"OMP_NUM_THREADS": "2"})
+    assert again.returncode == 0 and again.stdout.count("WARNING: threads: 1 before, 2 now") == 1
 
 
 def test_processes_with_other_flags_or_data(tmp_path):
