@@ -8,6 +8,10 @@ Every parameter is drawn per sample, on the CPU, from a generator set by (seed, 
 are changed by tensor operations that are the same on CPU and GPU. So augmentation costs no worker
 processes, a run that resumes at step n draws what the uninterrupted run drew, and 8 processes draw
 what one would. Read `Draws`, then `MultiCrop`.
+
+Exercises (answers: README). 1. How much of a person does random erasing hide on average, in
+fine-tuning and in UP-ReID's views? 2. Take the colour changes out of `MultiCrop.draw` (chances 0.8,
+0.2 and `solarize` become 0): PersonViT's `information` rises manyfold. What has it learnt?
 """
 
 import functools

@@ -1,6 +1,10 @@
 """From a model to what it is worth: features, CMC and mAP, pictures, and use on your own photos.
 
 The protocol is ranking.py's, weights files are weights.py's. Read `extract`, then `evaluate`.
+
+Exercises (answers: README). 1. Let images by the query's own camera count (--cams none): how much
+better does the same network look? 2. Features before the neck of a network that was trained to be
+read after it: change neck_feat in model.pth's recipe and evaluate again.
 """
 
 import argparse

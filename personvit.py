@@ -21,6 +21,12 @@ is a rectangle (code that takes sqrt(N) breaks on people) and patches may overla
 Parameter names are timm's, as in DINO, iBOT, TransReID, so that their files load.
 
 Read `VisionTransformer.forward_features`, then `PersonViT.forward`.
+
+Exercises (answers: README). 1. A teacher as unsure as its student (train.py --pretrain personvit
+--teacher-temp 0.1 --teacher-temp-end 0.1): which collapse is this, and after how many steps does
+the log say so? 2. Leave the centres at 0 (`center_momentum=1.0`): which collapse is this, and which
+number in the log tells the two apart? 3. Patches that overlap, stride 12: how many tokens are 256 x
+128 pixels then, and how much slower is the network?
 """
 
 import copy
@@ -406,7 +412,9 @@ class PersonViT(nn.Module):
     @torch.no_grad()
     def teach(self, views: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Teacher's scores of whole views: [CLS] (G, B, K), hidden patches (M, K); and the spread
-        of its features: 1 = even over the sphere, 0 = one point. Notes the mean scores."""
+        of its features: 1 = even over the sphere, 0 = one point. Notes the mean scores.
+
+        No gradient: the two would meet at the easiest answer, the same for everyone."""
         backbone, head = self.teacher["backbone"], self.teacher["head"]
         tokens = backbone.forward_features(views.flatten(0, 1))              # (G B, 1 + N, D)
         spread = F.normalize(tokens[:, 0].float(), dim=1).var(0).sum().sqrt()
@@ -421,8 +429,8 @@ class PersonViT(nn.Module):
         return cls.unflatten(0, views.shape[:2]), head.last_layer2(patches[rows]), spread
 
     def study(self, views: dict[str, Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Student's scores: [CLS] of masked global and whole local views (V, B, K), hidden patches
-        (M, K)."""
+        """Student's scores: [CLS] of masked global [PersonViT Eq. 5] and whole local views (V, B, K),
+        hidden patches [PersonViT Eq. 6] (M, K)."""
         backbone, head = self.student["backbone"], self.student["head"]
         mask = views["masks"].flatten(0, 1).to(rows.device, non_blocking=True)
         tokens = backbone.forward_features(views["globals"].flatten(0, 1), mask, self.mask_token)

@@ -469,8 +469,8 @@ def loop(run: Run, images: Images, sampler, recipe, parts: dict, take_step, mach
 
     take_step(step, x, used) -> scalars to log; x is the uint8 batch, used the indices of its
     images. parts: whatever has a state_dict and belongs into the checkpoint. after_epoch(epoch), 0
-    before the first. collapsed(values) -> bool judges each log line. Raises InputError for too many broken
-    images; take_step does for a loss that is not finite (`check_finite`).
+    before the first. collapsed(values) -> bool judges each log line. Raises InputError for too many
+    broken images; take_step does for a loss that is not finite (`check_finite`).
     """
     last, meter = recipe.epochs * len(sampler), Meter()
     parts = {**parts, "meter": meter}

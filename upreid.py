@@ -22,6 +22,12 @@ resolution (`last_stride=1`), and there is no classifier: identities are fine-tu
 Parameter names are torchvision's, so that public ResNet-50 files load.
 
 Read `UPReID.forward`, then the three losses, then `ResNet.forward_features`.
+
+Exercises (answers: README). 1. What do the losses of one step on noise (`python upreid.py`) have to
+be, and why is the first not quite ln 257? 2. Let the batch statistics leak (train.py --pretrain
+upreid --groups 1): what becomes of `accuracy`, and of what the features are worth? 3. Give the
+stripes two negatives at random in place of the two hardest: whose loss is lower, and why is that no
+merit?
 """
 
 import copy
@@ -183,7 +189,7 @@ def intrinsic_contrast(a: Tensor, b: Tensor, temperature: float,
 
 
 def projection_head(embed_dim: int, dim: int) -> nn.Sequential:
-    """(..., embed_dim) -> (..., dim), two layers [MoCo v2]: contrast discards what augmentation
+    """(..., embed_dim) -> (..., dim), two layers [MoCo]: contrast discards what augmentation
     changes, and should do so here and not in the backbone."""
     return nn.Sequential(nn.Linear(embed_dim, embed_dim), nn.ReLU(), nn.Linear(embed_dim, dim))
 
@@ -250,7 +256,7 @@ class UPReID(nn.Module):
 
         Were q and k of an image normalised by the same batch's statistics, the network could
         recognise the batch instead of the person: the queue comes from other batches, the positive
-        never does. So keys meet mostly other batch mates than queries ["shuffling BN", MoCo]:
+        never does. So keys meet mostly other batch mates than queries [MoCo: "shuffling BN"]:
         written as a table, the images of all processes are queries in rows and keys in columns.
         Unlike MoCo's, the keys' statistics include the originals.
         """

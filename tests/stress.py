@@ -36,7 +36,7 @@ def run(kind: str, data: str, out: str, workers: int, log: str) -> None:
     """In a process of its own: train until done or killed."""
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of the workers, as in a training
-    with open(log, "a") as handle, contextlib.redirect_stdout(handle), contextlib.redirect_stderr(handle):
+    with open(log, "a", buffering=1) as handle, contextlib.redirect_stdout(handle), contextlib.redirect_stderr(handle):
         train.main(["--dataset", data, "--out", out, "--workers", str(workers), "--device", "cpu", *RUNS[kind]])
 
 
@@ -45,6 +45,18 @@ def start(kind: str, folder: Path, name: str, workers: int):
     process = SERVER.Process(target=run, args=args)
     process.start()
     return process
+
+
+def last_step(folder: Path) -> int:
+    return max((int(path.stem.split("_")[1]) for path in folder.glob("checkpoint_*.pth")), default=0)
+
+
+def let_run(process, folder: Path, rng: random.Random) -> None:
+    """For 0 to 3 more steps and a part of the next, be it computing, logging or saving; or before the first of them."""
+    goal = last_step(folder) + rng.randrange(4)
+    while process.exitcode is None and last_step(folder) < goal:
+        time.sleep(0.005)
+    process.join(rng.uniform(0, 0.2 if goal else 3))
 
 
 def cut_short(folder: Path, rng: random.Random) -> bool:
@@ -93,13 +105,16 @@ def kill_often(kind: str, folder: Path, kills: int, seed: int = 0) -> str:
     whole = start(kind, folder, "whole", 0)
     whole.join()
     assert whole.exitcode == 0, (folder / "whole.txt").read_text()
-    lasts, done, cut, runs = time.monotonic() - begin, 0, 0, 0
+    done, cut, runs = 0, 0, 0
     while done < kills:
         shutil.rmtree(folder / "cut", ignore_errors=True)
         runs, process = runs + 1, None
         while process is None or process.exitcode != 0:
             process = start(kind, folder, "cut", workers=done % 2)
-            process.join(rng.uniform(0, lasts) if done < kills else None)
+            if done < kills:
+                let_run(process, folder / "cut", rng)
+            else:
+                process.join()
             if process.exitcode is None:
                 process.kill()
                 process.join()
