@@ -2,7 +2,7 @@
 #   PYTHON=python make test        uses the environment you are in
 
 .DEFAULT_GOAL := help
-.PHONY: help demo study test stress pretrain-upreid pretrain-personvit finetune evaluate bench clean
+.PHONY: help demo study test stress pretrain-upreid pretrain-personvit finetune evaluate bench readme clean
 
 DATASET   ?= synthetic
 DATA_ROOT ?= data
@@ -56,6 +56,9 @@ evaluate: $(SETUP)  ## evaluate a fine-tuned model: DATASET=msmt17 WEIGHTS=runs/
 
 bench: $(SETUP)  ## speed on this machine: networks beside torchvision's, data, the whole step
 	$(PYTHON) tests/bench.py $(FLAGS)
+
+readme:  ## repair the line numbers of the README's links
+	python3 tests/readme.py
 
 clean:  ## remove .venv and caches; data/ and runs/ are yours and stay
 	rm -rf .venv .pytest_cache __pycache__ tests/__pycache__

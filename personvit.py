@@ -429,8 +429,8 @@ class PersonViT(nn.Module):
         return cls.unflatten(0, views.shape[:2]), head.last_layer2(patches[rows]), spread
 
     def study(self, views: dict[str, Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Student's scores: [CLS] of masked global [PersonViT Eq. 5] and whole local views (V, B, K),
-        hidden patches [PersonViT Eq. 6] (M, K)."""
+        """Student's scores: (V, B, K) of [CLS], global views being masked [PersonViT Eq. 5], local
+        ones whole; (M, K) of the hidden patches [PersonViT Eq. 6]."""
         backbone, head = self.student["backbone"], self.student["head"]
         mask = views["masks"].flatten(0, 1).to(rows.device, non_blocking=True)
         tokens = backbone.forward_features(views["globals"].flatten(0, 1), mask, self.mask_token)

@@ -64,7 +64,7 @@ class PersonViTRecipe:
     clip: float = option(3.0, "largest gradient norm of a tensor [iBOT]", 1e-9, 1e9)
     freeze_last_layer: int = option(1, "epochs in which prototypes stand still [iBOT]", 0, 1e6)
     drop_path: float = option(0.1, "stochastic depth of the student [iBOT]", 0, 0.99)
-    local_crops: int = option(8, "local views [DINO for ReID; 'n8' may mean it: inferred]", 0, 64)
+    local_crops: int = option(8, "local views [DINO for ReID; inferred]", 0, 64)
     masks: bool = option(True, "hide patches from the student; without, only [CLS] is learnt, DINO")
     global_scale: tuple[float, float] = option((0.4, 1.0), "share of the area [inferred]", 1e-3, 1)
     local_scale: tuple[float, float] = option((0.05, 0.8), "0.05 [DINO], 0.8 [inferred]", 1e-3, 1)
@@ -94,7 +94,7 @@ class UPReIDRecipe:
     weight_local: float = option(1.0, "of the stripes; 0: without [ours U4]", 0, 1e3)
     stripes: int = option(4, "M, horizontal stripes of an image [ours U3]", 2, 64)
     hardest: int = option(2, "most similar other stripes that count [ours U3]", 1, 63)
-    groups: int = option(8, "parts of a batch with own batch norm [LUP: 8 GPUs]", 1, 1e4)
+    groups: int = option(8, "parts of a batch with own batch norm [LUP: its GPUs]", 1, 1e4)
     seed: int = option(0, "of everything random", 0, 2 ** 32 - 1)
     bf16: bool = option(False, "bfloat16 in the networks; on by default on a GPU")
 
@@ -189,7 +189,7 @@ def personvit(recipe: PersonViTRecipe, machine: Machine) -> Method:
 
 
 def personvit_schedule(recipe: PersonViTRecipe, step: int, epoch_steps: int) -> dict[str, float]:
-    """lr, weight_decay, momentum, teacher_temp of a 0-based step [iBOT: per step, not epoch]."""
+    """lr, weight_decay, momentum, teacher_temp of a 0-based step [iBOT: per step]."""
     steps, warmup = recipe.epochs * epoch_steps, recipe.warmup * epoch_steps
     peak = recipe.lr * recipe.batch / 256
     if step < warmup:  # iBOT's ramp reaches the peak on its last step

@@ -23,11 +23,11 @@ Parameter names are torchvision's, so that public ResNet-50 files load.
 
 Read `UPReID.forward`, then the three losses, then `ResNet.forward_features`.
 
-Exercises (answers: README). 1. What do the losses of one step on noise (`python upreid.py`) have to
-be, and why is the first not quite ln 257? 2. Let the batch statistics leak (train.py --pretrain
-upreid --groups 1): what becomes of `accuracy`, and of what the features are worth? 3. Give the
-stripes two negatives at random in place of the two hardest: whose loss is lower, and why is that no
-merit?
+Exercises (answers: README). 1. `python upreid.py` takes one step on noise, with a queue of 256: why
+is `local` about ln 3, and `instance` nowhere near ln 257? 2. Let the batch statistics leak
+(train.py --pretrain upreid --groups 1): what becomes of `accuracy`, and of what the features are
+worth? 3. Give the stripes two negatives at random in place of the two hardest: whose loss is lower,
+and why is that no merit?
 """
 
 import copy
@@ -198,7 +198,7 @@ class UPReID(nn.Module):
     """Online and momentum encoder and the queue; forward gives the losses of one step.
 
     backbone: the online ResNet; the momentum encoder starts as its copy and follows it. dim d,
-    queue_size K [LUP: 128, 65536]. temperature, temperature_global, temperature_local and weights
+    queue_size K [LUP]. temperature, temperature_global, temperature_local and weights
     of the losses as above; a loss of weight 0 is not computed. hardest: see `intrinsic_contrast`.
     groups: parts of a process's batch with batch statistics of their own, at least 2 in all
     processes together (see `encode_keys`); shuffle=False lets the statistics leak, for comparison.
