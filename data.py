@@ -14,9 +14,9 @@ the protocol compares cameras between query and gallery.
 Worker processes only decode and resize; nothing here is random but the order of images, which is a
 function of (seed, epoch). Read `load_dataset`, `PKSampler`, `Images`.
 
-Exercises (answers: README). 1. How many batches has an epoch of the synthetic set with K = 4, and
-with K = 16 (--ids 4 --images 16)? Why is the second longer? 2. Fine-tune with P = 2: what
-does the hardest negative become, and what the mAP?
+Exercises (answers: README). 1. How many batches of 64 has an epoch of the synthetic set with P x K
+= 16 x 4, and with 4 x 16? Why is the second longer? 2. Fine-tune with P = 2 (--ids 2): what becomes
+of the hardest negative, and of the mAP?
 """
 
 import argparse
@@ -598,7 +598,7 @@ class PKSampler:
         if len(self.members) < max(num_ids, 2):
             raise InputError(f"a batch needs {max(num_ids, 2)} identities, the training set has "
                              f"{len(self.members) if len(pids) else 0}; "
-                             f"--ids sets how many, 2 at least")
+                             f"--ids sets how many, 2 at least, and --labelled takes a share")
         if num_ids % world:
             raise InputError(f"--ids {num_ids}: the identities of a batch cannot be shared evenly "
                              f"by {world} processes")

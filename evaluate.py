@@ -215,7 +215,7 @@ def vit_of(model: nn.Module) -> VisionTransformer:
 
 @torch.inference_mode()
 def cls_attention(vit: VisionTransformer, x: Tensor) -> Tensor:
-    """How much [CLS] attends to each patch in the last block, by head [PersonViT Fig. 5].
+    """How much [CLS] attends to each patch in the last block, by head [ours].
 
     (B, 3, H, W) -> (B, heads, rows, columns); what is missing to a sum of 1 goes to [CLS] itself.
     """
@@ -232,7 +232,7 @@ def cls_attention(vit: VisionTransformer, x: Tensor) -> Tensor:
 @torch.inference_mode()
 def patch_clusters(vit: VisionTransformer, x: Tensor, count: int = 8,
                    seed: int = 0) -> tuple[Tensor, Tensor]:
-    """k-means over the patch tokens of all images at once [PersonViT Fig. 4]: cluster of each patch
+    """k-means over the patch tokens of all images at once [ours]: cluster of each patch
     (B, rows, columns), and its cosine similarity to the cluster's centre, of the same shape."""
     tokens = F.normalize(vit.forward_features(x)[:, 1:].float(), dim=-1)     # (B, N, D)
     points = tokens.flatten(0, 1).cpu().numpy().astype(np.float64)

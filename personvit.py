@@ -24,9 +24,9 @@ Read `VisionTransformer.forward_features`, then `PersonViT.forward`.
 
 Exercises (answers: README). 1. A teacher as unsure as its student (train.py --pretrain personvit
 --teacher-temp 0.1 --teacher-temp-end 0.1): which collapse is this, and after how many steps does
-the log say so? 2. Leave the centres at 0 (`center_momentum=1.0`): which collapse is this, and which
-number in the log tells the two apart? 3. Patches that overlap, stride 12: how many tokens are 256 x
-128 pixels then, and how much slower is the network?
+the log say so? 2. Leave the centres at 0 (center_momentum = 1.0 in `PersonViT.__init__`): which
+collapse is this, and which number in the log tells the two apart? 3. Patches that overlap,
+vit_small(stride=12): how many tokens are 256 x 128 pixels then, and how much slower is the network?
 """
 
 import copy

@@ -9,12 +9,12 @@ Protocol of Market-1501, as PersonViT's published numbers use it. For each query
 
 Queries without any right answer left do not count; every result says how many did ("valid a/b").
 Where code in use is kind to a model, this is not: ties count against the query, so that a collapsed
-network (all features equal) scores at chance and not at 100 %; NaN is an error; and a copy of the
+network (all features equal) scores below chance and not 100 %; NaN is an error; and a copy of the
 query's file in the gallery is no answer. Read `count_before`, then `cmc_map`.
 
-Exercises (answers: README). 1. Hits and misses 1101001: AP by both rules, on paper, then by
-`cmc_map`. 2. Give `cmc_map` a matrix of zeros, with the right answers first in the gallery, and a
-ranking by np.argsort: what does each make of a network that has learnt nothing?
+Exercises (answers: README). 1. Hits and misses 0110010: AP by both rules, on paper, then by
+`cmc_map`. 2. One query, 100 gallery images of which the first 5 are right, all distances 0: what do
+`cmc_map` and a ranking by np.argsort make of this network, which has learnt nothing?
 """
 
 from dataclasses import dataclass

@@ -8,6 +8,7 @@ share each batch and average their gradients; the first alone writes. Read `loop
 
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -128,7 +129,8 @@ class Run:
         """What a finished run has measured; None before it has, or if --overwrite forgets it."""
         try:
             found = json.loads((self.folder / "results.json").read_text())
-            return found if found["mAP"] >= 0 and not self.overwrite else None
+            whole = min(found[key] for key in ("mAP", "rank1", "rank5", "rank10")) >= 0
+            return found if whole and not self.overwrite else None
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
             return None  # a damaged file is made anew
 
@@ -188,7 +190,7 @@ class Run:
                 self.seconds = float(state["seconds"])  # of training, over all starts
                 step, bad = int(state["step"]), set(state["bad"])
                 print(f"going on at step {step:,} from {path}", flush=True)
-                for name, before in state["circumstances"].items():
+                for name, before in state.get("circumstances", {}).items():
                     if before != self.circumstances.get(name, before):
                         print(f"WARNING: {name}: {before} before, {self.circumstances[name]} now; "
                               f"the run goes on, but not to the last bit as it would have")
@@ -464,13 +466,14 @@ def keep(batch):
 
 
 def loop(run: Run, images: Images, sampler, recipe, parts: dict, take_step, machine: Machine,
-         after_epoch=None, collapsed=None) -> None:
+         after_epoch=None, collapsed=None, finish=None) -> None:
     """Run take_step over all batches of all epochs, logging, saving, going on from a checkpoint.
 
     take_step(step, x, used) -> scalars to log; x is the uint8 batch, used the indices of its
     images. parts: whatever has a state_dict and belongs into the checkpoint. after_epoch(epoch), 0
-    before the first. collapsed(values) -> bool judges each log line. Raises InputError for too many
-    broken images; take_step does for a loss that is not finite (`check_finite`).
+    before the first. collapsed(values) -> bool judges each log line. finish() makes what the run
+    is for, while its folder is still locked. Raises InputError for too many broken images;
+    take_step does for a loss that is not finite (`check_finite`).
     """
     last, meter = recipe.epochs * len(sampler), Meter()
     parts = {**parts, "meter": meter}
@@ -479,10 +482,10 @@ def loop(run: Run, images: Images, sampler, recipe, parts: dict, take_step, mach
         if len(union({first})) > 1:
             raise InputError(f"{run.folder}: not all processes see the same checkpoints; several "
                              f"machines need a folder on a file system that they share")
-        meter.start_clock()
         loader = batches(images, sampler, first, recipe.epochs, machine.workers)
         if after_epoch and not first:
             after_epoch(0)
+        meter.start_clock()
         for step, (x, asked, used) in enumerate(meter.waiting(loader), first):
             bad.update(asked[asked != used].tolist())
             check_broken(bad, images.records)
@@ -518,6 +521,11 @@ def loop(run: Run, images: Images, sampler, recipe, parts: dict, take_step, mach
             if stopping:
                 sys.exit(f"stopped after step {done:,} of {last:,}; {run.checkpoints()[0]} "
                          f"holds it; the same command, without --overwrite, goes on from there")
+        if not stop and finish:
+            finish()
+        if anyone(bool(stop)):
+            sys.exit(f"stopped after the last step of {run.folder}; the same command, without "
+                     f"--overwrite, goes on from there")
 
 
 def check_finite(value: Tensor | float, step: int, run: Run) -> None:
@@ -588,6 +596,10 @@ class Meter:
 def open_run(out, recipe, dataset, overwrite: bool, machine: Machine, **more) -> Run:
     """The run folder for a recipe and the data it is about to see; prints both."""
     check_recipe(recipe)
+    if more.get("weights") and os.path.isfile(more["weights"]):  # else `load_weights` will say so
+        content = Path(more["weights"]).read_bytes()
+        more["weights"] = (f"{Path(more['weights']).name} "
+                           f"{hashlib.blake2b(content, digest_size=6).hexdigest()}")
     described = dataclasses.asdict(recipe) | {"dataset": dataset.name, **more,
                                               "data": dataset.fingerprint()}
     check_agreement(described | {"--accum": machine.accumulate, "--save-every": machine.save_every})

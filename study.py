@@ -22,16 +22,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import NAMES, InputError, command_line, load_dataset
+from data import (NAMES, InputError, PKSampler, ShuffleSampler, command_line, load_dataset,
+                  some_identities)
 from evaluate import (colour_histograms, device_name, draw_ranks, evaluate, load_model,
                       rank_features)
 from pictures import draw_dots
-from pretrain import pretrain, pretrain_recipe_for
+from pretrain import (PersonViTRecipe, UPReIDRecipe, personvit, pretrain, pretrain_recipe_for,
+                      upreid)
 from runs import Machine, check_recipe, open_run
 from train import Recipe, fine_tune_and_evaluate, pair, recipe_for
 from weights import build_backbone
 
 RANDOM = "random weights"
+METHODS = {PersonViTRecipe: personvit, UPReIDRecipe: upreid}
 
 
 @dataclass
@@ -54,15 +57,15 @@ class Row:
 
 
 def recipes(method: str, dataset, seed: int, given: dict):
-    """Recipes of pre-training and fine-tuning for a method's laptop network; given: size, epochs,
-    pretrain_epochs."""
+    """Recipes of pre-training and fine-tuning for a method's laptop network; given: bf16, and size,
+    epochs, pretrain_epochs if they shall not be the usual ones."""
     before = pretrain_recipe_for(method, "synthetic")
     recipe = recipe_for(dataset.name, before.arch)
-    size = given.get("size", before.size)
     people = len({r.pid for r in dataset.train})
-    return (dataclasses.replace(before, seed=seed, size=size,
+    both = {"seed": seed, "size": given.get("size", before.size), "bf16": given["bf16"]}
+    return (dataclasses.replace(before, **both,
                                 epochs=given.get("pretrain_epochs", before.epochs)),
-            dataclasses.replace(recipe, seed=seed, size=size, ids=min(recipe.ids, people),
+            dataclasses.replace(recipe, **both, ids=min(recipe.ids, people),
                                 epochs=given.get("epochs", recipe.epochs)))
 
 
@@ -79,6 +82,9 @@ def few_shot(dataset, seed: int, given: dict, shares=(0.1, 0.3, 1.0)) -> list[Ro
         before, recipe = recipes(method, dataset, seed, given)
         for share in shares:
             people = round(share * len({r.pid for r in dataset.train}))
+            if people < 2:
+                raise InputError(f"{dataset.name} has too few people: {share:.0%} of them are "
+                                 f"{people}, a study needs 2")
             few = dataclasses.replace(recipe, labelled=share, ids=min(recipe.ids, people))
             rows += [Row(RANDOM, None, few), Row(title, before, few)]
     return rows
@@ -119,7 +125,7 @@ def run_rows(rows: list[Row], dataset, out: Path, overwrite: bool, machine: Mach
     """Train and evaluate rows of one seed: {(group, origin): (results, run folder)}."""
     done, pretrained = {}, {}
     for row in rows:
-        weights, seed = None, row.recipe.seed
+        seed = row.recipe.seed
         if row.before and row.origin not in pretrained:
             run = open_run(out / file_name(f"{row.origin}_{seed}_pretraining"), row.before, dataset,
                            overwrite, machine)
@@ -136,10 +142,24 @@ def file_name(text: str) -> str:
     return re.sub(r"[^\w.-]+", "_", text)
 
 
+def check(rows: list[Row], dataset, machine: Machine) -> None:
+    """Raise InputError for what would otherwise end a study after hours."""
+    for row in rows:
+        check_recipe(row.recipe)
+        few = some_identities(dataset.train, row.recipe.labelled, row.recipe.seed)
+        PKSampler([r.pid for r in few], row.recipe.ids, row.recipe.images)
+        if row.before:
+            check_recipe(row.before)
+            METHODS[type(row.before)](row.before, machine)
+            ShuffleSampler(len(dataset.train), row.before.batch)
+
+
 def study(name: str, dataset, seeds: list[int], given: dict, out: Path, overwrite: bool,
           machine: Machine) -> None:
     """All rows of a study over all seeds, a table after each seed, a picture at the end."""
     start, table = time.perf_counter(), {}
+    for seed in seeds:
+        check(STUDIES[name](dataset, seed, given), dataset, machine)
     if name == "demo":
         table = untrained(dataset, machine)
     for number, seed in enumerate(seeds, 1):
@@ -153,7 +173,7 @@ def study(name: str, dataset, seeds: list[int], given: dict, out: Path, overwrit
         groups.setdefault(group, {})[origin] = [100 * r["mAP"] for r in results]
     draw_dots(out / f"{name}.png", f"{name} on {dataset.name}: mAP in % of each seed, and the mean",
               groups)
-    print(f"\npicture in {out / name}.png; {(time.perf_counter() - start) / 60:.1f} minutes in all")
+    print(f"\npicture in {out / name}.png; {(time.perf_counter() - start) / 60:.1f} minutes")
     if name == "demo":
         best, (_, folder) = max(done.items(), key=lambda item: item[1][0]["mAP"])
         model, recipe = load_model(str(folder / "model.pth"))
@@ -168,7 +188,7 @@ def untrained(dataset, machine: Machine) -> dict:
     features = [colour_histograms(part) for part in (dataset.query, dataset.gallery)]
     colours = rank_features(features[0], *labels[0], features[1], *labels[1])
     torch.manual_seed(0)
-    recipe = recipe_for("synthetic")
+    recipe = recipe_for("synthetic")  # the usual size, whatever --size says
     reading = {"size": recipe.size, "mean": recipe.statistics[0], "std": recipe.statistics[1]}
     # without BNNeck: a fresh one would change no ranking
     network, _, _ = evaluate(build_backbone(recipe.arch, recipe.size), dataset, reading,
@@ -182,7 +202,7 @@ def print_table(table: dict, title: str) -> None:
     """A line per row: means in per cent +- standard deviation over seeds, and how much the mAP
     differs from random weights of the same seed."""
     heads = ("mAP", "rank-1", "rank-5", "rank-10", "mAP - random's")
-    print(f"\n{title:<50}" + "".join(f"{head:>14}" for head in heads))
+    print(f"\n{title:<52}" + "".join(f"{head:>16}" for head in heads))
     for (group, origin), results in table.items():
         values = 100 * np.array([[r[k] for k in ("mAP", "rank1", "rank5", "rank10")]
                                  for r in results])                          # (seeds, 4)
@@ -191,7 +211,7 @@ def print_table(table: dict, title: str) -> None:
             columns.append(values[:, 0] - [100 * r["mAP"] for r in table[group, RANDOM]])
         cells = [f"{c.mean():.1f}" + (f" +- {c.std(ddof=1):.1f}" if len(c) > 1 else "")
                  for c in columns]
-        print(f"  {group + ', ' + origin:<48}" + "".join(f"{cell:>14}" for cell in cells))
+        print(f"  {group + ', ' + origin:<50}" + "".join(f"{cell:>16}" for cell in cells))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -221,18 +241,17 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.workers < 0 or len(set(args.seeds or [])) < len(args.seeds or []):
+        parser.error("--workers is at least 0, and no seed counts twice")
     given = {key: getattr(args, key) for key in ("size", "epochs", "pretrain_epochs")
-             if getattr(args, key) is not None}
+             if getattr(args, key) is not None} | {"bf16": args.device != "cpu"}
     dataset = load_dataset(args.dataset, args.data_root)
     if not dataset.query:
         raise InputError(f"{dataset.name} has no queries, by which a study could be judged")
     seeds = args.seeds or ([0] if args.study == "demo" else [0, 1, 2, 3, 4])
     name = args.study if args.dataset == "synthetic" else f"{args.study}_{Path(args.dataset).name}"
-    for row in STUDIES[args.study](dataset, seeds[0], given):  # before hours are spent
-        check_recipe(row.recipe)
-        if row.before:
-            check_recipe(row.before)
     study(args.study, dataset, seeds, given, Path(args.out or f"runs/{name}"), args.overwrite,
           Machine(args.device, args.workers))
 

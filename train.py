@@ -167,9 +167,10 @@ def make_optimizer(recipe: Recipe, model: torch.nn.Module) -> torch.optim.Optimi
 # ---------------------------------------------------------------------------------------------
 
 
-def fine_tune(recipe: Recipe, dataset, run: Run, weights: str | None,
-              machine: Machine) -> ReIDModel:
-    """Fine-tune on dataset.train, going on from the run's checkpoint; the model, ready to evaluate.
+def fine_tune(recipe: Recipe, dataset, run: Run, weights: str | None, machine: Machine,
+              finish=lambda model: None) -> ReIDModel:
+    """Fine-tune on dataset.train, going on from the run's checkpoint; the model, ready to evaluate,
+    is given to `finish` while the run's folder is still locked.
 
     Raises InputError for too few identities, weights that do not fit, and as `loop` does.
     """
@@ -209,8 +210,9 @@ def fine_tune(recipe: Recipe, dataset, run: Run, weights: str | None,
                 "lr": optimizer.param_groups[0]["lr"]}
 
     loop(run, Images(dataset.train, recipe.size), sampler, recipe,
-         {"model": model, "optimizer": optimizer}, take_step, machine)
-    return model.eval()
+         {"model": model, "optimizer": optimizer}, take_step, machine,
+         finish=lambda: finish(model.eval()))
+    return model
 
 
 def fine_tune_and_evaluate(recipe: Recipe, dataset, out, overwrite: bool = False,
@@ -232,25 +234,31 @@ def fine_tune_and_evaluate(recipe: Recipe, dataset, out, overwrite: bool = False
         print(f"{run.folder} is finished: mAP {run.results()['mAP']:.2%}; --overwrite starts over")
         return run.results()
     print(f"  id loss of a network that knows nothing: ln({ids}) = {math.log(max(ids, 1)):.2f}")
-    model = fine_tune(recipe, dataset, run, weights, machine)
-    mean, std = recipe.statistics
-    stored = dataclasses.asdict(recipe) | {"mean": list(mean), "std": list(std),
-                                           "dataset": dataset.name}
-    run.save("model.pth", {"format": "reid-model", "recipe": stored,
-                           "num_ids": model.classifier.out_features, "model": model.state_dict()})
-    if not dataset.query:
-        print(f"saved {run.folder}/model.pth; {dataset.name} has no queries to evaluate it with")
-        return None
-    result, q, g = evaluate(model, dataset, stored, workers=machine.workers, device=machine.device,
-                            bf16=recipe.bf16, rank=machine.rank, world=machine.world)
-    numbers = {"mAP": result.mAP, "mAP_market": result.mAPs["market"],
-               **{f"rank{k}": float(result.cmc[k - 1]) for k in (1, 5, 10)},
-               "cmc": result.cmc.tolist(), "similarity": similarity_ranges(q, g),
-               "valid": result.valid, "queries": result.total,
-               "minutes": round(run.seconds / 60, 1)}
-    run.write("results.json", json.dumps(numbers, indent=1).encode())
-    print(f"{result}\nsaved {run.folder}/model.pth; training took {numbers['minutes']} minutes")
-    return numbers
+
+    def finish(model: ReIDModel) -> None:
+        mean, std = recipe.statistics
+        stored = dataclasses.asdict(recipe) | {"mean": list(mean), "std": list(std),
+                                               "dataset": dataset.name}
+        run.save("model.pth", {"format": "reid-model", "recipe": stored,
+                               "num_ids": model.classifier.out_features,
+                               "model": model.state_dict()})
+        print(f"saved {run.folder}/model.pth; training took {run.seconds / 60:.1f} minutes")
+        if not dataset.query:
+            print(f"{dataset.name} has no queries to evaluate it with")
+            return
+        result, q, g = evaluate(model, dataset, stored, workers=machine.workers,
+                                device=machine.device, bf16=recipe.bf16, rank=machine.rank,
+                                world=machine.world)
+        numbers = {"mAP": result.mAP, "mAP_market": result.mAPs["market"],
+                   **{f"rank{k}": float(result.cmc[k - 1]) for k in (1, 5, 10)},
+                   "cmc": result.cmc.tolist(), "similarity": similarity_ranges(q, g),
+                   "valid": result.valid, "queries": result.total,
+                   "minutes": round(run.seconds / 60, 1)}
+        run.write("results.json", json.dumps(numbers, indent=1).encode())
+        print(result)
+
+    fine_tune(recipe, dataset, run, weights, machine, finish)
+    return run.results()
 
 
 # ---------------------------------------------------------------------------------------------

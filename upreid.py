@@ -25,9 +25,9 @@ Read `UPReID.forward`, then the three losses, then `ResNet.forward_features`.
 
 Exercises (answers: README). 1. `python upreid.py` takes one step on noise, with a queue of 256: why
 is `local` about ln 3, and `instance` nowhere near ln 257? 2. Let the batch statistics leak
-(train.py --pretrain upreid --groups 1): what becomes of `accuracy`, and of what the features are
-worth? 3. Give the stripes two negatives at random in place of the two hardest: whose loss is lower,
-and why is that no merit?
+(train.py --pretrain upreid --groups 1): what becomes of `accuracy`, and of the mAP that
+--monitor synthetic logs? 3. Give the stripes two negatives at random in place of the two hardest:
+whose loss is lower, and why is that no merit?
 """
 
 import copy

@@ -10,13 +10,16 @@ from PIL import Image
 
 import study
 import train
-from data import Record, some_identities
+from data import Dataset, Record, some_identities
 from pretrain import PersonViTRecipe, UPReIDRecipe
 from runs import Machine
 
 TINY = {"upreid": UPReIDRecipe(arch="resnet_tiny", size=(64, 32), epochs=1, batch=4, lr=0.1, dim=8, queue=10, groups=2),
         "personvit": PersonViTRecipe(arch="vit_mini", size=(64, 32), epochs=1, batch=4, prototypes=16, hidden=16,
                                      bottleneck=8, local_crops=2)}
+
+
+GIVEN = {"bf16": False}
 
 
 @pytest.fixture
@@ -42,23 +45,24 @@ def test_few_labels_are_whole_people_numbered_anew_and_nested():
 
 
 @pytest.mark.parametrize("name, rows, trained", [("upreid", 5, 4), ("personvit", 5, 4), ("few-shot", 12, 2), ("demo", 4, 2)])
-def test_rows(tiny, dataset, tmp_path, name, rows, trained):
+def test_rows(tiny, name, rows, trained):
     """Rows of a network differ in their origin alone; a pre-training is done once for all shares."""
-    got = study.STUDIES[name](dataset, 3, {"size": (32, 16), "epochs": 2, "pretrain_epochs": 3})
+    dataset = Dataset("crowd", None, [Record("", pid, 0) for pid in range(40)], [], [])
+    got = study.STUDIES[name](dataset, 3, {"size": (32, 16), "epochs": 2, "pretrain_epochs": 3, "bf16": False})
     assert len(got) == rows == len({(r.group, r.origin) for r in got})
     assert len({r.origin for r in got if r.before}) == trained
     for r in got:
         assert (r.recipe.seed, r.recipe.size, r.recipe.epochs) == (3, (32, 16), 2)
         assert r.before is None or (r.before.seed, r.before.size, r.before.epochs) == (3, (32, 16), 3)
         assert all(q.recipe == r.recipe for q in got if q.group == r.group)
-        assert r.recipe.ids <= r.recipe.labelled * 4
+        assert r.recipe.ids <= r.recipe.labelled * 40
     assert sorted({r.recipe.labelled for r in got}) == ([0.1, 0.3, 1.0] if name == "few-shot" else [1.0])
 
 
 def test_variants_change_what_their_names_say():
-    rows = {r.origin: r.before for r in study.STUDIES["upreid"](load_none(), 0, {})}
+    rows = {r.origin: r.before for r in study.STUDIES["upreid"](load_none(), 0, GIVEN)}
     assert [(b.weight_global, b.weight_local) for b in rows.values() if b] == [(0, 0), (1, 0), (0, 1), (1, 1)]
-    rows = [r.before for r in study.STUDIES["personvit"](load_none(), 0, {}) if r.before]
+    rows = [r.before for r in study.STUDIES["personvit"](load_none(), 0, GIVEN) if r.before]
     assert [(b.masks, b.local_crops > 0) for b in rows] == [(True, True), (False, True), (True, False), (False, False)]
     assert len({dataclasses.replace(b, masks=True, local_crops=1) for b in rows}) == 1
 
@@ -68,9 +72,9 @@ def load_none():
 
 
 def test_a_study_from_nothing_to_its_table(tiny, dataset, tmp_path, capsys):
-    study.study("upreid", dataset, [0, 1], {}, tmp_path, False, Machine("cpu", 0))
+    study.study("upreid", dataset, [0, 1], GIVEN, tmp_path, False, Machine("cpu", 0))
     first = capsys.readouterr().out
-    for row in study.STUDIES["upreid"](dataset, 0, {}):
+    for row in study.STUDIES["upreid"](dataset, 0, GIVEN):
         assert re.search(rf"^  resnet_tiny, {re.escape(row.origin)} .*\+-", first, re.M), row.origin
     weights = [json.loads(p.read_text()) for p in sorted(tmp_path.glob("U1*_pretraining/recipe.json"))]
     assert sorted((w["weight_global"], w["weight_local"], w["seed"]) for w in weights) == [
@@ -78,7 +82,7 @@ def test_a_study_from_nothing_to_its_table(tiny, dataset, tmp_path, capsys):
     picture = Image.open(tmp_path / "upreid.png")
     assert picture.width > 400 and len(picture.getcolors(100_000)) > 5
     # once more: nothing is trained again, the table is the same
-    study.study("upreid", dataset, [0, 1], {}, tmp_path, False, Machine("cpu", 0))
+    study.study("upreid", dataset, [0, 1], GIVEN, tmp_path, False, Machine("cpu", 0))
     again = capsys.readouterr().out
     assert '"step"' in first and '"step"' not in again and again.count("is finished: mAP") == 10
     assert first[first.rindex("\nmarket"):].splitlines()[:7] == again[again.rindex("\nmarket"):].splitlines()[:7]
@@ -97,7 +101,7 @@ def test_table_means_spreads_and_pairs(capsys):
 
 
 def test_demo_draws_the_rank_list_of_the_best(tiny, dataset, tmp_path, capsys):
-    study.study("demo", dataset, [0], {}, tmp_path, False, Machine("cpu", 0))
+    study.study("demo", dataset, [0], GIVEN, tmp_path, False, Machine("cpu", 0))
     out = capsys.readouterr().out
     best = max((json.loads(p.read_text())["mAP"], p.parent.name) for p in tmp_path.glob("*/results.json"))
     name = re.search(r"rank list of (.*) in ", out)[1]
@@ -111,9 +115,13 @@ def test_mistakes_get_one_line(tmp_path):
     write_image(tmp_path / "crops" / "a.jpg")
     for args, words in [(["upreid"], "64 needs that many images"), (["upreid", "--epochs", "-1"], "--epochs -1"),
                         (["few-shot", "--dataset", "market"], "did you mean market1501"),
-                        (["demo", "--dataset", tmp_path / "crops"], "has no queries")]:
+                        (["demo", "--dataset", tmp_path / "crops"], "has no queries"),
+                        (["few-shot"], "10% of them are 0, a study needs 2")]:
         done = command("--dataset", "market1501", "--data-root", tmp_path, "--out", tmp_path / "out", "--device", "cpu",
                        *args, script="study.py")
         assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
         assert re.search(words, done.stderr)
-    assert command("everything", script="study.py").returncode == 2
+        assert not list(tmp_path.glob("out/*"))
+    for args in (["everything"], ["upreid", "--workers", "-1"], ["upreid", "--seeds", "3", "3"]):
+        done = command(*args, script="study.py")
+        assert done.returncode == 2 and "Traceback" not in done.stderr

@@ -1,6 +1,7 @@
 """Losses, schedule and three whole steps against the reference; resuming, run folders, command line."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -17,9 +18,11 @@ import torch
 import torch.nn.functional as F
 from conftest import DOUBLE, ROOT, Golden, command, log_lines, market_tree, start_command
 
+import runs
 import stress
 import train
 from data import InputError, load_dataset
+from evaluate import evaluate
 from weights import ARCHS, ReIDModel, build_backbone
 from personvit import VisionTransformer
 from runs import Machine, Run, cosine
@@ -339,6 +342,33 @@ def test_two_processes_cannot_share_a_folder(tmp_path):
                 pass
     with Run(tmp_path / "run", {}).begin():
         pass
+
+
+def test_a_run_holds_its_folder_and_hears_a_stop_to_the_end(dataset, tmp_path, monkeypatch):
+    """... through the last evaluation, after which there is nothing left to do but to end."""
+    def evaluate_disturbed(*args, **kwargs):
+        with pytest.raises(InputError, match="another process is training"), Run(tmp_path / "run", {}, True).begin():
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(runs, "locked", functools.partial(runs.locked, patience=0))
+    monkeypatch.setattr(train, "evaluate", evaluate_disturbed)
+    with pytest.raises(SystemExit, match="stopped after the last step"):
+        train.fine_tune_and_evaluate(TINY, dataset, tmp_path / "run", machine=Machine("cpu", 0))
+    monkeypatch.setattr(train, "evaluate", None)
+    assert train.fine_tune_and_evaluate(TINY, dataset, tmp_path / "run", machine=Machine("cpu", 0))["mAP"] > 0
+
+
+def test_other_weights_of_the_same_name_are_another_run(dataset, tmp_path):
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        torch.save(build_backbone("vit_tiny", (32, 16)).state_dict(), tmp_path / "weights.pth")
+        if seed:
+            with pytest.raises(InputError, match="another recipe .weights: weights.pth [0-9a-f]{12} there, weights.pth"):
+                train.fine_tune_and_evaluate(TINY, dataset, tmp_path / "run", weights=tmp_path / "weights.pth")
+        else:
+            train.fine_tune_and_evaluate(TINY, dataset, tmp_path / "run", False, tmp_path / "weights.pth", Machine("cpu", 0))
 
 
 def test_files_of_the_user_are_kept(tmp_path):
