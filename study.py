@@ -13,6 +13,7 @@ Read `few_shot`, then `run_rows`.
 
 import argparse
 import dataclasses
+import os
 import re
 import time
 from collections.abc import Callable
@@ -245,6 +246,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.workers < 0 or len(set(args.seeds or [])) < len(args.seeds or []):
         parser.error("--workers is at least 0, and no seed counts twice")
+    if "WORLD_SIZE" in os.environ:
+        parser.error("a study runs in one process: start it with python, not with torchrun")
     given = {key: getattr(args, key) for key in ("size", "epochs", "pretrain_epochs")
              if getattr(args, key) is not None} | {"bf16": args.device != "cpu"}
     dataset = load_dataset(args.dataset, args.data_root)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 
 import pytest
@@ -125,3 +126,5 @@ def test_mistakes_get_one_line(tmp_path):
     for args in (["everything"], ["upreid", "--workers", "-1"], ["upreid", "--seeds", "3", "3"]):
         done = command(*args, script="study.py")
         assert done.returncode == 2 and "Traceback" not in done.stderr
+    done = command("upreid", script="study.py", env=os.environ | {"WORLD_SIZE": "2"})
+    assert done.returncode == 2 and "one process" in done.stderr
