@@ -71,8 +71,8 @@ def recipes(method: str, dataset, seed: int, given: dict):
 
 
 def demo(dataset, seed: int, given: dict) -> list[Row]:
-    """Each network from random weights and from its pre-training."""
-    return few_shot(dataset, seed, given, shares=(1.0,))
+    """Each network from random weights and from its pre-training, at half the usual length."""
+    return few_shot(dataset, seed, {"epochs": 12, "pretrain_epochs": 8} | given, shares=(1.0,))
 
 
 def few_shot(dataset, seed: int, given: dict, shares=(0.1, 0.3, 1.0)) -> list[Row]:
@@ -230,8 +230,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--data-root", default="data", help="folder that holds the datasets")
     add("--seeds", nargs="+", type=int, metavar="N", help="default: 0 for the demo, else 0 1 2 3 4")
     add("--size", type=pair(int), help="image height x width, of both trainings; default: 128x64")
-    add("--epochs", type=int, metavar="N", help="of fine-tuning; default: 24")
-    add("--pretrain-epochs", type=int, metavar="N", help="of pre-training; default: 16")
+    add("--epochs", type=int, metavar="N", help="of fine-tuning; default: 24, demo: 12")
+    add("--pretrain-epochs", type=int, metavar="N", help="of pre-training; default: 16, demo: 8")
     add("--out", metavar="DIR", help="default: runs/<study>, or runs/<study>_<dataset>")
     add("--overwrite", action="store_true", help="start over in a used folder")
     add("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu",
