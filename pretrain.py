@@ -268,6 +268,8 @@ def upreid(recipe: UPReIDRecipe, machine: Machine) -> Method:
                   lambda views, now: model(views), clip, 0, reference, (LUP_MEAN, LUP_STD))
 
 
+METHODS = {PersonViTRecipe: personvit, UPReIDRecipe: upreid}
+
 # ---------------------------------------------------------------------------------------------
 # Pre-training by either
 # ---------------------------------------------------------------------------------------------
@@ -298,7 +300,7 @@ def pretrain(recipe: PersonViTRecipe | UPReIDRecipe, dataset, run: Run, machine:
     if getattr(recipe, "queue", 0) > len(dataset.train) / 2:
         print(f"WARNING: --queue {recipe.queue} remembers much of {len(dataset.train)} images: "
               f"many an image will meet its own older key as a negative")
-    method = (personvit if isinstance(recipe, PersonViTRecipe) else upreid)(recipe, machine)
+    method = METHODS[type(recipe)](recipe, machine)
     model, optimizer = method.model, method.optimizer
 
     def take_step(step: int, x: Tensor, used: Tensor) -> dict[str, Tensor | float]:

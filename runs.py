@@ -521,11 +521,11 @@ def loop(run: Run, images: Images, sampler, recipe, parts: dict, take_step, mach
             if stopping:
                 sys.exit(f"stopped after step {done:,} of {last:,}; {run.checkpoints()[0]} "
                          f"holds it; the same command, without --overwrite, goes on from there")
-        if not stop and finish:
+        if finish and not anyone(bool(stop)):  # all processes or none: they evaluate together
             finish()
         if anyone(bool(stop)):
-            sys.exit(f"stopped after the last step of {run.folder}; the same command, without "
-                     f"--overwrite, goes on from there")
+            sys.exit(1 if machine.rank else f"stopped after the last step of {run.folder}; the "
+                     f"same command, without --overwrite, goes on from there")
 
 
 def check_finite(value: Tensor | float, step: int, run: Run) -> None:

@@ -28,14 +28,12 @@ from data import (NAMES, InputError, PKSampler, ShuffleSampler, command_line, lo
 from evaluate import (colour_histograms, device_name, draw_ranks, evaluate, load_model,
                       rank_features)
 from pictures import draw_dots
-from pretrain import (PersonViTRecipe, UPReIDRecipe, personvit, pretrain, pretrain_recipe_for,
-                      upreid)
+from pretrain import METHODS, pretrain, pretrain_recipe_for
 from runs import Machine, check_recipe, open_run
 from train import Recipe, fine_tune_and_evaluate, pair, recipe_for
 from weights import build_backbone
 
 RANDOM = "random weights"
-METHODS = {PersonViTRecipe: personvit, UPReIDRecipe: upreid}
 
 
 @dataclass
