@@ -282,6 +282,15 @@ class Machine:
     world: int = 1            # ... the processes that share each batch
 
 
+def default_threads() -> int:
+    """Threads of a process for sums on a CPU: its cores, shared with torchrun's others here, at
+    most 8. Never left to OMP_NUM_THREADS: each number of threads rounds sums in its own way."""
+    able = hasattr(os, "sched_getaffinity")  # else: macOS, Windows
+    cores = len(os.sched_getaffinity(0)) if able else os.cpu_count() or 1
+    here = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, min(cores // max(int(here) if here.isdecimal() else 1, 1), 8))
+
+
 @contextlib.contextmanager
 def processes(machine: Machine):
     """The machine with rank and world as torchrun sets them; plain `python` is a world of one."""

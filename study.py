@@ -29,7 +29,7 @@ from evaluate import (colour_histograms, device_name, draw_ranks, evaluate, load
                       rank_features)
 from pictures import draw_dots
 from pretrain import METHODS, pretrain, pretrain_recipe_for
-from runs import Machine, check_recipe, open_run
+from runs import Machine, check_recipe, default_threads, open_run
 from train import Recipe, fine_tune_and_evaluate, pair, recipe_for
 from weights import build_backbone
 
@@ -236,16 +236,18 @@ def make_parser() -> argparse.ArgumentParser:
         help="cpu or cuda; default: cuda if there is one")
     # small images are kept in memory after the first epoch: processes that decode would not pay
     add("--workers", type=int, default=0, help="decoding processes; default: 0")
+    add("--threads", type=int, default=default_threads(), help="default: %(default)s")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
-    if args.workers < 0 or len(set(args.seeds or [])) < len(args.seeds or []):
-        parser.error("--workers is at least 0, and no seed counts twice")
+    if args.workers < 0 or args.threads < 1 or len(set(args.seeds or [])) < len(args.seeds or []):
+        parser.error("--workers is at least 0, --threads at least 1, and no seed counts twice")
     if "WORLD_SIZE" in os.environ:
         parser.error("a study runs in one process: start it with python, not with torchrun")
+    torch.set_num_threads(args.threads)
     given = {key: getattr(args, key) for key in ("size", "epochs", "pretrain_epochs")
              if getattr(args, key) is not None} | {"bf16": args.device != "cpu"}
     dataset = load_dataset(args.dataset, args.data_root)

@@ -34,7 +34,8 @@ from data import (NAMES, Images, InputError, PKSampler, command_line, load_datas
 from evaluate import device_name, evaluate, similarity_ranges
 from pretrain import LAPTOP_ARCHS, RECIPES, pretrain, pretrain_recipe_for
 from runs import (Machine, Run, all_rows, average_gradients, check_finite, check_recipe, cosine,
-                  first_then_others, loop, open_run, option, processes, share_batch_norms)
+                  default_threads, first_then_others, loop, open_run, option, processes,
+                  share_batch_norms)
 from upreid import gathered
 from weights import ARCHS, ReIDModel, build_backbone, load_weights
 
@@ -306,6 +307,7 @@ def make_parser(recipe_class=Recipe) -> argparse.ArgumentParser:
     add("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu or cuda")
     add("--workers", type=int, default=min(os.cpu_count() or 1, 8), help="decoding processes")
+    add("--threads", type=int, default=default_threads(), help="of each process, for a CPU's sums")
     add("--save-every", type=int, default=500, metavar="STEPS", help="checkpoint interval")
     add("--checkpoints", type=int, default=2, metavar="N", help="how many of them are kept")
     add("--accum", type=int, default=1, metavar="N",
@@ -335,9 +337,10 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]
     args = parser.parse_args(argv)
     given = {k: v for k, v in vars(args).items() if k in kind.__dataclass_fields__}
     if (min(args.workers, args.keep_every) < 0 or
-            min(args.save_every, args.checkpoints, args.monitor_every, args.accum) < 1):
-        parser.error("--workers and --keep-every are at least 0, --save-every, --checkpoints, "
-                     "--monitor-every and --accum at least 1")
+            min(args.threads, args.save_every, args.checkpoints, args.monitor_every,
+                args.accum) < 1):
+        parser.error("--workers and --keep-every are at least 0, --threads, --save-every, "
+                     "--checkpoints, --monitor-every and --accum at least 1")
     if args.accum > 1 and not args.pretrain:
         parser.error("--accum is for --pretrain: the triplet loss needs its whole batch at once")
     if (args.monitor or args.keep_every) and not args.pretrain:
@@ -351,6 +354,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]
 
 def main(argv: list[str] | None = None) -> None:
     args, given = parse_args(argv)
+    torch.set_num_threads(args.threads)
     machine = Machine(args.device, args.workers, args.save_every, args.checkpoints,
                       accumulate=args.accum, compile=args.compile)
     arch = given.pop("arch", None)

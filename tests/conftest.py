@@ -1,7 +1,6 @@
 """What the tests share: warnings that count as errors, tiny fabricated datasets, the golden files."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +94,6 @@ def doubles(monkeypatch):
 
 
 def start_command(*args):
-    env = os.environ | {"OMP_NUM_THREADS": "1"}  # a network this small only waits for its second thread
-    return subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, args)], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, start_new_session=True, env=env)
+    args = "--threads", "1", *map(str, args)  # a network this small only waits for its second thread
+    return subprocess.Popen([sys.executable, ROOT / "train.py", *args], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, start_new_session=True)

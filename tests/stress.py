@@ -34,10 +34,10 @@ SERVER.set_forkserver_preload(["train", "conftest"])
 
 def run(kind: str, data: str, out: str, workers: int, log: str) -> None:
     """In a process of its own: train until done or killed."""
-    torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of the workers, as in a training
     with open(log, "a", buffering=1) as handle, contextlib.redirect_stdout(handle), contextlib.redirect_stderr(handle):
-        train.main(["--dataset", data, "--out", out, "--workers", str(workers), "--device", "cpu", *RUNS[kind]])
+        train.main(["--dataset", data, "--out", out, "--workers", str(workers), "--device", "cpu",
+                    "--threads", "1", *RUNS[kind]])
 
 
 def start(kind: str, folder: Path, name: str, workers: int):

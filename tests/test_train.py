@@ -431,7 +431,7 @@ def test_mistakes_get_one_line(tmp_path):
         done = command("--data-root", tmp_path, "--out", tmp_path / "run", "--overwrite", *args)
         assert done.returncode == 1 and re.search(words, done.stderr), done.stderr
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    for args in (["--size", "256"], ["--device", "tpu"], ["--workers", "-1"], ["--save-every", "0"],
+    for args in (["--size", "256"], ["--device", "tpu"], ["--workers", "-1"], ["--threads", "0"], ["--save-every", "0"],
                  ["--margin", "wide"], ["--monitor", "market1501"]):
         done = command(*args)
         assert done.returncode == 2 and "Traceback" not in done.stderr
@@ -534,29 +534,31 @@ def test_a_process_that_dies_ends_the_others(tmp_path, victim):
     assert Run(tmp_path / "run", {}, overwrite=True).checkpoints()
 
 
-def test_seed_decides_alone(tmp_path):
-    """Hash seed and number of workers change no bit of a run."""
-    flags = small_run(tmp_path, epochs=2)
-    for name, workers in (("a", 0), ("b", 2)):
-        done = command(*flags[:flags.index("--workers")], "--workers", workers, *flags[flags.index("--workers") + 2:],
-                       "--out", tmp_path / name, env=os.environ | {"PYTHONHASHSEED": str(workers)})
-        assert done.returncode == 0, done.stderr
-    assert (tmp_path / "a" / "model.pth").read_bytes() == (tmp_path / "b" / "model.pth").read_bytes()
-    assert log_lines(tmp_path / "a") == log_lines(tmp_path / "b") != []
+@pytest.mark.parametrize("kind", stress.RUNS)
+def test_seed_decides_alone(tmp_path, kind):
+    """Number of workers, hash seed and what the environment says of threads change no bit of a run."""
+    flags = ["--dataset", market_tree(tmp_path / "market1501", ids=5, images=3), "--device", "cpu", *stress.RUNS[kind]]
+    for workers, threads in ((0, "1"), (2, "3")):
+        surroundings = {"PYTHONHASHSEED": threads, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        done = command(*flags, "--workers", workers, "--out", tmp_path / threads, env=os.environ | surroundings)
+        assert done.returncode == 0 and f"threads={runs.default_threads()}\n" in done.stdout, done.stderr
+    saved = "model.pth" if kind == "fine-tuning" else "backbone.pth"
+    assert (tmp_path / "1" / saved).read_bytes() == (tmp_path / "3" / saved).read_bytes()
+    assert log_lines(tmp_path / "1") == log_lines(tmp_path / "3") != []
 
 
 def test_threads_change_rounding_alone_and_resuming_says_so(tmp_path):
     """Sums over more threads are rounded otherwise; in double precision nothing else is seen."""
     flags = [*small_run(tmp_path, epochs=3), "--save-every", 4]
     for threads in "12":
-        done = command(*flags, "--out", tmp_path / threads, script=DOUBLE, env=os.environ | {"OMP_NUM_THREADS": threads})
+        done = command(*flags, "--out", tmp_path / threads, "--threads", threads, script=DOUBLE)
         assert done.returncode == 0 and f"threads={threads}" in done.stdout, done.stderr
     one, two = (torch.load(tmp_path / threads / "checkpoint_000000006.pth", weights_only=True)["model"] for threads in "12")
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-7, atol=1e-8, msg=lambda m: f"{name}: {m}")
     assert log_lines(tmp_path / "1") == log_lines(tmp_path / "2") != []
     (tmp_path / "1" / "results.json").unlink()
-    again = command(*flags, "--out", tmp_path / "1", script=DOUBLE, env=os.environ | {"OMP_NUM_THREADS": "2"})
+    again = command(*flags, "--out", tmp_path / "1", "--threads", 2, script=DOUBLE)
     assert again.returncode == 0 and again.stdout.count("WARNING: threads: 1 before, 2 now") == 1
 
 
