@@ -117,7 +117,7 @@ def test_upreid_ends_in_weights_that_fine_tune(dataset, tmp_path):
     model, run = pretrain_run(dataset, tmp_path / "a", SMALL_UP, keep_every=2, monitor=dataset, monitor_every=1)
     lines = log_lines(run.folder)
     assert (run.folder / "backbone_e0002.pth").exists() and len([line for line in lines if "monitor" in line]) == 4
-    assert {"total", "instance", "global", "local", "accuracy", "ln_queue", "ln_stripes", "feature_std",
+    assert {"total", "instance", "global", "local", "accuracy", "ln_queue", "ln_stripes", "feature_std", "query_std",
             "grad_norm", "lr"} <= set(lines[1])
     assert lines[1]["lr"] == pytest.approx(0.03 * 4 / 256) and model.online["backbone"].training
     still = train.Recipe(arch="resnet_tiny", size=(64, 32), epochs=1, ids=3, images=2, lr=0.0)

@@ -290,8 +290,20 @@ def test_what_is_exported_is_the_online_encoder():
 
 
 def test_collapse_is_flagged_both_ways():
+    def logged():
+        return {name: value.item() for name, value in model(views).items()}
+
     model, views = small_model(), small_views()
-    assert not model.collapsed({name: value.item() for name, value in model(views).items()})
+    healthy = logged()
+    assert not model.collapsed(healthy)
+    for name in ("feature_std", "query_std"):
+        assert model.collapsed(healthy | {name: math.nan}) and model.collapsed(healthy | {name: 0.0})
+    last = model.online["head"][-1]
+    weight = last.weight.detach().clone()
+    last.weight.data.zero_()                     # the projection alone: features are as they were
+    constant = logged()
+    assert constant["query_std"] < 1e-6 and constant["feature_std"] == healthy["feature_std"] and model.collapsed(constant)
+    last.weight.data.copy_(weight)
     model.online["backbone"].forward_features = lambda x: torch.ones(len(x), 64, 1, 1)
-    constant = {name: value.item() for name, value in model(views).items()}
-    assert constant["feature_std"] < 1e-6 and model.collapsed(constant) and model.collapsed({"feature_std": math.nan})
+    constant = logged()
+    assert constant["feature_std"] < 1e-6 and model.collapsed(constant)
