@@ -4,6 +4,10 @@ A run lives in its folder under runs/: recipe.json, log.jsonl, checkpoint_<step>
 its weights. The same command goes on where the folder stopped: all random draws of a step depend on
 (seed, step) alone, so a resumed run is the uninterrupted one. Under torchrun several processes
 share each batch and average their gradients; the first alone writes. Read `loop`, then `Run`.
+
+Exercises (answers: README). 1. Kill a run (kill -9) and start it again: in which fields does its
+log.jsonl differ from that of a run left alone? 2. Fine-tune in two processes, with and without
+`average_gradients`: does the log show what happened, does the mAP?
 """
 
 import contextlib
@@ -525,11 +529,10 @@ def loop(run: Run, images: Images, sampler, recipe, parts: dict, take_step, mach
                                            "seconds": run.seconds,
                                            **{n: p.state_dict() for n, p in parts.items()}},
                                     machine.checkpoints)
-            if stopping and machine.rank:
-                sys.exit(1)
             if stopping:
-                sys.exit(f"stopped after step {done:,} of {last:,}; {run.checkpoints()[0]} "
-                         f"holds it; the same command, without --overwrite, goes on from there")
+                sys.exit(1 if machine.rank else f"stopped after step {done:,} of {last:,}; "
+                         f"{run.checkpoints()[0]} holds it; the same command, without "
+                         f"--overwrite, goes on from there")
         if finish and not anyone(bool(stop)):  # all processes or none: they evaluate together
             finish()
         if anyone(bool(stop)):

@@ -9,6 +9,10 @@ All rows of one network have the same fine-tuning; of one seed also the same lab
 Each training has a folder below --out, so a study that was stopped goes on with the same command,
 and parts of it (--seeds 0 1, --seeds 2) may run side by side, to be put together at last.
 Read `few_shot`, then `run_rows`.
+
+Exercises (answers: README). 1. How many seeds does it take to see a gain of one point? The tables
+print the spread of the differences. 2. Pre-train on the labelled people alone (`some_identities` in
+`run_rows`): is it the pre-training that helps, or the images without labels?
 """
 
 import argparse

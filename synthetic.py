@@ -8,6 +8,10 @@ colours, so a colour histogram does not find them again; prints, patterns and ba
 image is a function of (seed, identity, number) alone. Nothing else in the project needs to be
 read to understand this file, nor this file to understand anything else. Read `make_synthetic`,
 then `render`, then as deep as you like.
+
+Exercises (answers: README). 1. Let all images come from the first camera, whatever their names say
+(`make_camera` in `render`): how far does the colour histogram get now? 2. Train on that set and
+test on the usual one: how much of what was learnt is the camera's?
 """
 
 import functools

@@ -5,6 +5,10 @@ a classifier or of self-distillation, for another image size. All of them hold o
 under the names of timm (ViT) or torchvision (ResNet), so everything is read from the names and
 shapes of tensors. Three rules: nothing in a file is executed; a backbone is filled wholly or not at
 all; what was matched, resized and dropped is said. Read `read_file`, then `load_weights`.
+
+Exercises (answers: README). 1. Take one tensor out of a ViT's backbone.pth and fine-tune from it:
+what is said here? What would code lose that loads with strict=False and says nothing? 2. Let a ViT
+trained at 128x64 read images at 256x128 (size in model.pth's recipe): what becomes of its mAP?
 """
 
 import argparse
