@@ -133,6 +133,8 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20, help="of each training")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args()
+    if args.kills < 1:
+        parser.error("--kills is at least 1")
     for kind in RUNS:
         with tempfile.TemporaryDirectory() as folder:
             print(kill_often(kind, Path(folder), args.kills, args.seed), flush=True)
