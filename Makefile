@@ -17,7 +17,7 @@ endif
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-19s %s\n", $$1, $$2}'
-	@echo "  variables: DATASET=$(DATASET) DATA_ROOT=$(DATA_ROOT) ARCH= WEIGHTS= GPUS= FLAGS= PYTHON=$(PYTHON)"
+	@echo "  variables: DATASET=$(DATASET) DATA_ROOT=$(DATA_ROOT) ARCH= WEIGHTS= GPUS= STUDY=$(STUDY) FLAGS= PYTHON=$(PYTHON)"
 
 .venv/ready: requirements.txt
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -48,11 +48,11 @@ pretrain-personvit: $(SETUP)  ## PersonViT pre-training: DATASET=luperson GPUS=8
 	  $(if $(ARCH),--arch $(ARCH)) $(FLAGS)
 
 finetune: $(SETUP)  ## fine-tune and evaluate: DATASET=msmt17 ARCH=vit_small WEIGHTS=pretrained.pth
-	$(PYTHON) train.py --dataset $(DATASET) --data-root $(DATA_ROOT) $(if $(ARCH),--arch $(ARCH)) \
+	$(TRAIN) --dataset $(DATASET) --data-root $(DATA_ROOT) $(if $(ARCH),--arch $(ARCH)) \
 	  $(if $(WEIGHTS),--weights $(WEIGHTS)) $(FLAGS)
 
 evaluate: $(SETUP)  ## evaluate a fine-tuned model: DATASET=msmt17 WEIGHTS=runs/msmt17_vit_small/model.pth
-	$(PYTHON) evaluate.py --dataset $(DATASET) --data-root $(DATA_ROOT) --weights $(WEIGHTS) $(FLAGS)
+	$(PYTHON) evaluate.py --dataset $(DATASET) --data-root $(DATA_ROOT) $(if $(WEIGHTS),--weights $(WEIGHTS)) $(FLAGS)
 
 bench: $(SETUP)  ## speed on this machine: networks beside torchvision's, data, the whole step
 	$(PYTHON) tests/bench.py $(FLAGS)

@@ -5,7 +5,8 @@
     UP-ReID        2 views of the image and of its stripes, erasing        `ContrastViews`
 
 Every parameter is drawn per sample, on the CPU, from a generator set by (seed, step); the pixels
-are changed by tensor operations that are the same on CPU and GPU. So augmentation costs no worker
+are changed by tensor operations that are the same on CPU and GPU, but for the noise that fills an
+erased rectangle, which each device draws itself. So augmentation costs no worker
 processes, a run that resumes at step n draws what the uninterrupted run drew, and 8 processes draw
 what one would. Read `Draws`, then `MultiCrop`.
 
@@ -32,7 +33,9 @@ LUP_MEAN, LUP_STD = (0.3525, 0.3106, 0.3140), (0.2660, 0.2522, 0.2505)  # of LUP
 
 
 def step_generator(*key: int, device: str | torch.device = "cpu") -> torch.Generator:
-    """A generator set by the key alone, e.g. (seed, step): resuming needs no stored state."""
+    """A generator set by the key alone: resuming needs no stored state. Keys in use, so that none
+    shares another's numbers: (seed, step) views; (seed, step, 1) noise of erasing; (seed, step, 2,
+    image) masks; (seed, step, 3, process) stochastic depth."""
     state = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
     return torch.Generator(device).manual_seed(state)
 
@@ -173,7 +176,7 @@ def resize_matrix(start: Tensor, length: Tensor, n: int, out: int,
     centre = start + (torch.arange(out, device=start.device)[None, :, None] + 0.5) * scale
     pixel = torch.arange(n, device=start.device)[None, None, :] + 0.5
     x = ((pixel - centre) / wide).abs()                                      # (B, out, n)
-    # Keys' cubic with a = -0.5, the sharpest that reproduces straight lines
+    # Keys' cubic with a = -0.5, the only one of them that reproduces straight lines
     weight = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2)
     weight = weight * ((x < 2) & (pixel > start) & (pixel < start + length))
     weight = weight / weight.sum(2, keepdim=True)
@@ -293,10 +296,10 @@ class MultiCrop:
     def render(self, x: Tensor, numbers: Tensor, size: tuple[int, int], draws: Draws) -> Tensor:
         """Images (n, 3, H, W) in [0, 1] and their numbers (n, 12) -> normalised (n, 3, *size)."""
         order = torch.randperm(4, generator=draws.generator).tolist()
-        numbers = numbers.to(x.device, non_blocking=True)
-        flip, colourless, inverted, sigma = numbers[:, 4:8].unbind(1)        # (n,) each
-        x = crop_resize(x, numbers[:, :4], flip, size)                       # (n, 3, *size)
-        change = numbers[:, 8:].T[..., None, None, None]                     # (4, n, 1, 1, 1)
+        boxes, others, change = numbers.to(x.device, non_blocking=True).split(4, dim=1)
+        flip, colourless, inverted, sigma = others.unbind(1)                 # (n,) each
+        x = crop_resize(x, boxes, flip, size)                                # (n, 3, *size)
+        change = change.T[..., None, None, None]                             # (4, n, 1, 1, 1)
         x = colour_jitter(x, 1 + change[0], 1 + change[1], 1 + change[2], change[3], order)
         x = torch.where(colourless.view(-1, 1, 1, 1) > 0, grey(x), x)
         x = blur(x, sigma)
@@ -338,12 +341,12 @@ class ContrastViews:
         """M images or stripes of B people, (B, M, 3, h, w) in [0, 1] -> the same shape."""
         B, M, _, h, w = x.shape
         numbers = torch.stack([self.draw(draws, h, w) for _ in range(M)], dim=1).flatten(0, 1)
-        numbers, x = numbers.to(x.device, non_blocking=True), x.flatten(0, 1)
-        flip, colourless, sigma = numbers[:, 4:7].unbind(1)                  # (B M,) each
-        x = crop_resize(x, numbers[:, :4], flip, (h, w))
+        boxes, others, erased = numbers.to(x.device, non_blocking=True).split((4, 3, 4), dim=1)
+        flip, colourless, sigma = others.unbind(1)                           # (B M,) each
+        x = crop_resize(x.flatten(0, 1), boxes, flip, (h, w))
         x = torch.where(colourless.view(-1, 1, 1, 1) > 0, grey(x), x)
         x = standardize(blur(x, sigma), LUP_MEAN, LUP_STD)
-        return x.masked_fill(inside(numbers[:, 7:], h, w), 0).unflatten(0, (B, M))
+        return x.masked_fill(inside(erased, h, w), 0).unflatten(0, (B, M))
 
     def draw(self, draws: Draws, h: int, w: int) -> Tensor:
         """All numbers of one augmentation of each person's image, (B, 11), as `augment` reads."""

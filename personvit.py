@@ -11,8 +11,8 @@ teacher is a moving average of the student; nobody else teaches.
     L_patch  cross-entropy t -> s of patches hidden from the student, same view  [PersonViT Eq. 7]
     L      = L_cls + L_patch                                                     [PersonViT Eq. 8]
 
-G = 2 global and L local views make V = G + L; M patches of a batch are hidden; d is the width of
-the bottleneck before the prototypes; m the momentum of the moving average.
+G = 2 global and L local views make V = G + L; M patches of a batch are hidden; D is the width of
+the network, d of the bottleneck before the prototypes; m the momentum of the moving average.
 
 The paper has no public pre-training code; equations and structure are read from notes on it, the
 details from iBOT's code, tagged [iBOT], and equal recorded steps of that code (tests/golden). The
@@ -23,9 +23,9 @@ Parameter names are timm's, as in DINO, iBOT, TransReID, so that their files loa
 Read `VisionTransformer.forward_features`, then `PersonViT.forward`.
 
 Exercises (answers: README). 1. A teacher as unsure as its student (train.py --pretrain personvit
---teacher-temp 0.1 --teacher-temp-end 0.1): which collapse is this, and after how many steps does
-the log say so? 2. Leave the centres at 0 (center_momentum = 1.0 in `PersonViT.__init__`): which
-collapse is this, and which number in the log tells the two apart? 3. Patches that overlap,
+--epochs 4 --teacher-temp 0.1 --teacher-temp-end 0.1): which collapse is this, and after how many
+steps does the log say so? 2. Leave the centres at 0 (center_momentum = 1.0 in `PersonViT.__init__`,
+--epochs 4): which collapse is this, and which number in the log tells the two apart? 3. Patches that overlap,
 vit_small(stride=12): how many tokens are 256 x 128 pixels then, and how much slower is the network?
 """
 
@@ -361,7 +361,7 @@ class PersonViT(nn.Module):
     """Student and teacher, each a ViT with a head; forward gives the losses of one step.
 
     backbone: the student's ViT; the teacher starts as its copy, follows it as a moving average, and
-    is what gets exported. forward raises ValueError for masks that are not of the views' grid.
+    is what gets exported. center_momentum as in iBOT; the rest: `PersonViTRecipe`. forward raises ValueError for masks that are not of the views' grid.
     """
 
     def __init__(self, backbone: VisionTransformer, num_prototypes: int = 8192, hidden: int = 2048,
@@ -417,7 +417,7 @@ class PersonViT(nn.Module):
         No gradient: the two would meet at the easiest answer, the same for everyone."""
         backbone, head = self.teacher["backbone"], self.teacher["head"]
         tokens = backbone.forward_features(views.flatten(0, 1))              # (G B, 1 + N, D)
-        spread = F.normalize(tokens[:, 0].float(), dim=1).var(0).sum().sqrt()
+        spread = F.normalize(tokens[:, 0].float(), dim=1).var(0, correction=0).sum().sqrt()
         z = head(tokens)                                                     # (G B, 1 + N, d)
         cls, patches = head.last_layer(z[:, 0]), z[:, 1:].flatten(0, 1)      # (G B, K), (G B N, d)
         # the centre of patches is a mean over ALL of them; scores are linear in z, so the score of

@@ -15,6 +15,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ class PersonViTRecipe:
     clip: float = option(3.0, "largest gradient norm of a tensor [iBOT]", 1e-9, 1e9)
     freeze_last_layer: int = option(1, "epochs in which prototypes stand still [iBOT]", 0, 1e6)
     drop_path: float = option(0.1, "stochastic depth of the student [iBOT]", 0, 0.99)
-    local_crops: int = option(8, "local views [DINO for ReID; inferred]", 0, 64)
+    local_crops: int = option(8, "local views [DINO for ReID]", 0, 64)
     masks: bool = option(True, "hide patches from the student; without, only [CLS] is learnt, DINO")
     global_scale: tuple[float, float] = option((0.4, 1.0), "share of the area [inferred]", 1e-3, 1)
     local_scale: tuple[float, float] = option((0.05, 0.8), "0.05 [DINO], 0.8 [inferred]", 1e-3, 1)
@@ -118,7 +119,8 @@ ONE_GPU = {"personvit": dict(epochs=200, batch=128, local_crops=6, temp_warmup=2
 
 
 def pretrain_recipe_for(method: str, dataset: str, arch: str | None = None):
-    """The recipe of a method, a dataset and a backbone; arch=None takes the usual one."""
+    """The recipe of a method, a dataset (name or path) and a backbone; arch=None: the usual one."""
+    dataset = Path(dataset).stem.lower()               # data/luperson and luperson.txt are luperson
     kind, small = RECIPES[method], LAPTOP_ARCHS[method]
     arch = arch or (small if dataset == "synthetic" else kind.arch)
     values: dict = {"norm_last_layer": arch == "vit_base"} if method == "personvit" else {}

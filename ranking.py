@@ -14,7 +14,7 @@ query's file in the gallery is no answer. Read `count_before`, then `cmc_map`.
 
 Exercises (answers: README). 1. Hits and misses 0110010: AP by both rules, on paper, then by
 `cmc_map`. 2. One query, 100 gallery images of which the first 5 are right, all distances 0: what do
-`cmc_map` and a ranking by np.argsort make of this network, which has learnt nothing?
+`cmc_map` and a ranking by a stable np.argsort make of this network, which has learnt nothing?
 """
 
 from dataclasses import dataclass
@@ -66,7 +66,8 @@ class Gallery:
         self.images = None if images is None else as_ids(images)[self.order]
 
     def split(self, q_pids: Tensor, q_camids: Tensor, q_images: Tensor | None):
-        """For B queries: columns (B, W) of the images with the query's id, and two masks (B, W):
+        """For B queries: columns (B, W) of the images with the query's id, W the most that one of
+        them has, and two masks (B, W):
         `match`, the right answers, and `same`, all images of that id (the others are junk)."""
         low = torch.searchsorted(self.pids, q_pids)
         high = torch.searchsorted(self.pids, q_pids, right=True)

@@ -270,10 +270,14 @@ def stop_requests():
 
 @dataclass
 class Machine:
-    """Where and how a run computes; nothing here changes its result on one kind of device, beyond
-    rounding, and for several processes or passes: stochastic depth's draws; in pre-training, the
-    running statistics of batch norms (the first process's are saved) and, for several passes, which
-    keys of UP-ReID are normalised together. Diagnostics in the log are means over passes."""
+    """Where and how a run computes. On one kind of device nothing here changes its result beyond
+    rounding, with these exceptions:
+
+        several processes or passes    stochastic depth draws otherwise; the log's diagnostics are
+                                       means over the parts of a batch
+        several processes              a pre-training saves the first one's running statistics
+        several passes                 other keys of UP-ReID are normalised together
+    """
 
     device: str = "cpu"
     workers: int = 2          # decoding processes
@@ -383,7 +387,7 @@ def average_gradients(parameters) -> None:
     """Mean of every gradient over all processes: the gradient of the whole batch's mean loss.
 
     One message after the backward pass. DistributedDataParallel would send while it still runs, at
-    the price of a wrapper around the model; ViT-S has 25 million numbers to send.
+    the price of a wrapper around the model; ViT-S with its head has 29 million numbers to send.
     """
     if together():
         grads = [p.grad for p in parameters if p.grad is not None]

@@ -5,7 +5,7 @@
     upreid     UP-ReID's losses, one by one
     personvit  PersonViT without its masks, without its local crops
 
-All rows of one network have the same fine-tuning; of one seed also the same labelled people.
+Rows of one network and share have the same fine-tuning; of one seed also the same labelled people.
 Each training has a folder below --out, so a study that was stopped goes on with the same command,
 and parts of it (--seeds 0 1, --seeds 2) may run side by side, to be put together at last.
 Read `few_shot`, then `run_rows`.

@@ -12,6 +12,7 @@ are this project's reading, tagged [ours]. They extend LUPerson's MoCo v2, which
     k, o       = g(x2), g(x), by the momentum encoder, no gradient   (B, d)
     queue      keys of past batches: other images                    (K, d)
     a, b       = f, g of M stripes of x, each augmented twice        (B, M, d)
+    D, d       width of the ResNet's feature, and of its projection (128)
     L_con      find k among the queue by q                           info_nce             [ours U1]
     L_glob     q and o rank the queue alike                          global_consistency   [ours U2]
     L_loc      find stripe m among the stripes of x                  intrinsic_contrast   [ours U3]
@@ -202,12 +203,13 @@ class UPReID(nn.Module):
     of the losses as above; a loss of weight 0 is not computed. hardest: see `intrinsic_contrast`.
     groups: parts of a process's batch with batch statistics of their own, at least 2 in all
     processes together (see `encode_keys`); shuffle=False lets the statistics leak, for comparison.
+    forward raises ValueError for a batch that cannot be cut into groups.
     """
 
     def __init__(self, backbone: ResNet, dim: int = 128, queue_size: int = 65536,
                  temperature: float = 0.1, temperature_global: float = 0.05,
                  temperature_local: float = 0.1, weight_global: float = 1.0,
-                 weight_local: float = 1.0, hardest: int | None = 2, groups: int = 1,
+                 weight_local: float = 1.0, hardest: int | None = 2, groups: int = 2,
                  shuffle: bool = True):
         super().__init__()
         D = backbone.embed_dim
@@ -229,6 +231,8 @@ class UPReID(nn.Module):
         views: "first", "second", "original" (B, 3, H, W) and "stripes1", "stripes2" (B, M, 3, H/M,
         W), augmented pixels of the same stripes.
         """
+        if len(views["first"]) % self.groups:
+            raise ValueError(f"{len(views['first'])} images cannot be cut into groups={self.groups}")
         feature = grouped(self.online["backbone"], views["first"], self.groups)    # (B, D)
         q = self.project(self.online, "head", feature)                             # (B, d)
         k, o = self.encode_keys(views)                                             # (B, d) each

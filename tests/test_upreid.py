@@ -147,7 +147,7 @@ def test_what_a_network_that_knows_nothing_pays():
 
 def small_model(**kwargs):
     torch.manual_seed(0)
-    return UPReID(ResNet((1, 1, 1, 1), 2, 2), **{"dim": 6, "queue_size": 10} | kwargs).train()
+    return UPReID(ResNet((1, 1, 1, 1), 2, 2), **{"dim": 6, "queue_size": 10, "groups": 1} | kwargs).train()
 
 
 def small_views(B=4, M=4, seed=0):
