@@ -2,10 +2,10 @@
 
 The protocol is ranking.py's, weights files are weights.py's. Read `extract`, then `evaluate`.
 
-Exercises (answers: README; of train.py --seed 0). 1. Let images by the query's own camera count
-(--cams none): how much better does the same network look? 2. Features before the neck of a network
-that was trained to be read after it: torch.load model.pth, set its ["recipe"]["neck_feat"] to
-"before", torch.save it elsewhere, and evaluate that.
+Exercises (answers: README). Of a network of train.py --seed 0: 1. Let images by the query's own
+camera count (--cams none): how much better does the same network look? 2. Features before the neck
+of a network that was trained to be read after it: torch.load model.pth, set its
+["recipe"]["neck_feat"] to "before", torch.save it elsewhere, and evaluate that.
 """
 
 import argparse

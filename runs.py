@@ -6,8 +6,9 @@ its weights. The same command goes on where the folder stopped: all random draws
 share each batch and average their gradients; the first alone writes. Read `loop`, then `Run`.
 
 Exercises (answers: README). 1. Kill a run (kill -9) and start it again: in which fields does its
-log.jsonl differ from that of a run left alone? 2. Fine-tune in two processes, with and without
-`average_gradients`: does the log show what happened, does the mAP?
+log.jsonl differ from that of a run left alone? 2. Fine-tune in two processes (make finetune GPUS=2
+FLAGS="--epochs 8 --seed 0", on a CPU too), with and without the call of `average_gradients` in
+train.py: does the log show what went wrong, does the mAP?
 """
 
 import contextlib
