@@ -15,8 +15,8 @@ Worker processes only decode and resize; nothing here is random but the order of
 function of (seed, epoch). Read `load_dataset`, `PKSampler`, `Images`.
 
 Exercises (answers: README). 1. How many batches of 64 has an epoch of the synthetic set with P x K
-= 16 x 4, and with 4 x 16? Why is the second longer? 2. Fine-tune with P = 2 (--arch vit_mini --seed 0
---ids 2): what becomes of the hardest negative, and of the mAP?
+= 16 x 4, and with 4 x 16? Why is the second longer? 2. Fine-tune with P = 2 (--arch vit_mini
+--seed 0 --ids 2): what becomes of the hardest negative, and of the mAP?
 """
 
 import argparse
@@ -115,8 +115,8 @@ class Layout(NamedTuple):
 
 MARKET_NAME, NUMBERED_NAME = r"(-1|\d{4})_c(\d)", r"(-1|\d+)_c(\d+)"
 
-# Counts from the sets' own files or readmes; PersonX's split is from memory, its identities derived:
-# 5,136 queries / 6 cameras = 856 of 1,266 people.
+# Counts from the sets' own files or readmes; PersonX's split is from memory, its identities are
+# derived: 5,136 queries / 6 cameras = 856 of 1,266 people.
 LAYOUTS = {
     "market1501": Layout(
         ("Market-1501-v15.09.15", "market1501", "Market-1501"), MARKET_NAME,

@@ -25,8 +25,9 @@ Read `VisionTransformer.forward_features`, then `PersonViT.forward`.
 Exercises (answers: README). 1. A teacher as unsure as its student (train.py --pretrain personvit
 --epochs 4 --teacher-temp 0.1 --teacher-temp-end 0.1): which collapse is this, and after how many
 steps does the log say so? 2. Leave the centres at 0 (center_momentum = 1.0 in `PersonViT.__init__`,
---epochs 4): which collapse is this, and which number in the log tells the two apart? 3. Patches that overlap,
-vit_small(stride=12): how many tokens are 256 x 128 pixels then, and how much slower is the network?
+--epochs 4): which collapse is this, and which number in the log tells the two apart? 3. Patches
+that overlap, vit_small(stride=12): how many tokens are 256 x 128 pixels then, and how much slower
+is the network?
 """
 
 import copy
@@ -361,7 +362,8 @@ class PersonViT(nn.Module):
     """Student and teacher, each a ViT with a head; forward gives the losses of one step.
 
     backbone: the student's ViT; the teacher starts as its copy, follows it as a moving average, and
-    is what gets exported. center_momentum as in iBOT; the rest: `PersonViTRecipe`. forward raises ValueError for masks that are not of the views' grid.
+    is what gets exported. center_momentum as in iBOT; the rest: `PersonViTRecipe`. forward raises
+    ValueError for masks that are not of the views' grid.
     """
 
     def __init__(self, backbone: VisionTransformer, num_prototypes: int = 8192, hidden: int = 2048,

@@ -110,7 +110,7 @@ LAPTOP = {
                       momentum=0.98, prototypes=1024, hidden=512, bottleneck=128,
                       norm_last_layer=True, teacher_temp=0.02, teacher_temp_end=0.02,
                       local_crops=4, local_scale=(0.1, 0.6)),
-    # with 512 keys, and four times this learning rate, one seed in three went flat: all queries alike
+    # with 512 keys and four times this learning rate one seed in three went flat, all queries alike
     "upreid": dict(size=(128, 64), epochs=16, batch=64, momentum=0.99, queue=128, groups=4),
 }
 # thousands of images, one machine [ours]

@@ -232,7 +232,7 @@ class UPReID(nn.Module):
         W), augmented pixels of the same stripes.
         """
         if len(views["first"]) % self.groups:
-            raise ValueError(f"{len(views['first'])} images cannot be cut into groups={self.groups}")
+            raise ValueError(f"{len(views['first'])} images do not divide by {self.groups} groups")
         feature = grouped(self.online["backbone"], views["first"], self.groups)    # (B, D)
         q = self.project(self.online, "head", feature)                             # (B, d)
         k, o = self.encode_keys(views)                                             # (B, d) each

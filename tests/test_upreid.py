@@ -284,6 +284,11 @@ def test_bfloat16_does_not_reach_the_losses(monkeypatch):
         assert torch.equal(plain[name], mixed[name]), name
 
 
+def test_batches_that_cannot_be_cut_into_groups_are_named():
+    with pytest.raises(ValueError, match="4 images do not divide by 3 groups"):
+        small_model(groups=3)(small_views())
+
+
 def test_what_is_exported_is_the_online_encoder():
     model = small_model()
     assert model.backbone_for_export() is model.online["backbone"]
