@@ -264,3 +264,10 @@ def test_a_short_run_learns(tmp_path):
     assert lines[2]["total"] < 0.6 * lines[0]["total"] and lines[-1]["kl"] < 0.5 * lines[0]["kl"]
     assert not any("warning" in line for line in lines)
     assert last["mAP"] > 1.1 * untrained["mAP"], (last, untrained)
+
+
+@pytest.mark.parametrize("path", ["data/luperson", "shared/LUPerson", "luperson.txt"])
+def test_a_set_is_known_by_name_wherever_it_lies(path):
+    for method in ("personvit", "upreid"):
+        assert pretrain.pretrain_recipe_for(method, path) == pretrain.pretrain_recipe_for(method, "luperson")
+    assert train.recipe_for("sets/market1501", "vit_base") == train.recipe_for("market1501", "vit_base")
