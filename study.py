@@ -110,7 +110,7 @@ STUDIES = {
         "U1, instance contrast (MoCo v2)": dict(weight_global=0.0, weight_local=0.0),
         "U1 + U2, global consistency": dict(weight_local=0.0),
         "U1 + U3, intrinsic contrast": dict(weight_global=0.0),
-        "U1 + U2 + U3 (UP-ReID)": {}}),
+        "UP-ReID": {}}),
     "personvit": variants("personvit", {
         "PersonViT": {},
         "without masks (DINO)": dict(masks=False),
