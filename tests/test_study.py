@@ -77,7 +77,7 @@ def test_a_study_from_nothing_to_its_table(tiny, dataset, tmp_path, capsys):
     first = capsys.readouterr().out
     for row in study.STUDIES["upreid"](dataset, 0, GIVEN):
         assert re.search(rf"^  resnet_tiny, {re.escape(row.origin)} .*\+-", first, re.M), row.origin
-    weights = [json.loads(p.read_text()) for p in sorted(tmp_path.glob("U1*_pretraining/recipe.json"))]
+    weights = [json.loads(p.read_text()) for p in sorted(tmp_path.glob("*_pretraining/recipe.json"))]
     assert sorted((w["weight_global"], w["weight_local"], w["seed"]) for w in weights) == [
         (g, l, seed) for g in (0, 1) for l in (0, 1) for seed in (0, 1)]
     picture = Image.open(tmp_path / "upreid.png")
