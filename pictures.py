@@ -2,6 +2,11 @@
 
 Each function takes what it draws as plain values and decides nothing: which image ranks where,
 which patch is in which cluster is computed in evaluate.py. Read `draw_ranks`.
+
+Exercises (answers: README). 1. `draw_attention` scales each map by its own largest value. Print
+these values, of a fine-tuned and of an untrained vit_mini: which heads look at anything in
+particular? Evenly over 32 patches and [CLS] would be 1/33. 2. In evaluate.py's `draw_ranks` take
+the eight queries of highest `result.AP`: how good does the same network look?
 """
 
 import math
