@@ -4,11 +4,11 @@
     PersonViT      2 global and L local crops, colour, blur, solarise      `MultiCrop`
     UP-ReID        2 views of the image and of its stripes, erasing        `ContrastViews`
 
-Every parameter is drawn per sample, on the CPU, from a generator set by (seed, step); the pixels
-are changed by tensor operations that are the same on CPU and GPU, but for the noise that fills an
-erased rectangle, which each device draws itself. So augmentation costs no worker
-processes, a run that resumes at step n draws what the uninterrupted run drew, and 8 processes draw
-what one would. Read `Draws`, then `MultiCrop`.
+Every parameter (but the order of colour changes) is drawn per sample, on the CPU, from a generator
+set by (seed, step); the pixels are changed by tensor operations that are the same on CPU and GPU,
+but for the noise that fills an erased rectangle, which each device draws itself. So augmentation
+costs no worker processes, a run that resumes at step n draws what the uninterrupted run drew, and 8
+processes draw what one would. Read `Draws`, then `MultiCrop`.
 
 Exercises (answers: README). 1. How much of a person does random erasing hide on average, in
 fine-tuning and in UP-ReID's views? 2. Take the colour changes out of `MultiCrop.draw` (chances 0.8,
@@ -70,6 +70,7 @@ class Draws:
         aspects = (self.uniform(math.log(aspect[0]), math.log(aspect[1]), 10).exp() if log else
                    self.uniform(*aspect, 10))
         h, w = (areas * aspects).sqrt().round(), (areas / aspects).sqrt().round()    # (B, 10)
+        # True is 1: a side may equal the image's if `whole`
         fits = (h < H + whole) & (w < W + whole) & (h > 0) & (w > 0)
         first = fits.int().argmax(1, keepdim=True)
         h, w = h.gather(1, first)[:, 0], w.gather(1, first)[:, 0]
@@ -183,12 +184,12 @@ def resize_matrix(start: Tensor, length: Tensor, n: int, out: int,
     return weight if flip is None else torch.where(flip[:, None, None], weight.flip(1), weight)
 
 
-def blur_matrix(sigma: Tensor, n: int, radius: int = 6) -> Tensor:
+def blur_matrix(sigma: Tensor, n: int, reach: int = 6) -> Tensor:
     """Gaussian blur along n pixels, mirrored at the ends: sigma (B,) in pixels -> (B, n, n)."""
-    offset = torch.arange(-radius, radius + 1, device=sigma.device)
-    weight = torch.exp(-0.5 * (offset / sigma[:, None]) ** 2)                # (B, 2 radius + 1)
+    offset = torch.arange(-reach, reach + 1, device=sigma.device)
+    weight = torch.exp(-0.5 * (offset / sigma[:, None]) ** 2)                # (B, 2 reach + 1)
     weight = weight / weight.sum(1, keepdim=True)
-    source = torch.arange(n, device=sigma.device)[:, None] + offset          # (n, 2 radius + 1)
+    source = torch.arange(n, device=sigma.device)[:, None] + offset          # (n, 2 reach + 1)
     source = (n - 1 - (n - 1 - source.abs()).abs()).clamp(0, n - 1)
     matrix = torch.zeros(len(sigma), n, n, device=sigma.device)
     return matrix.scatter_add_(2, source.expand(len(sigma), -1, -1),
@@ -253,7 +254,7 @@ class MultiCrop:
 
     "globals" (2, B, 3, *size) and "locals" (L, B, 3, size / 2). Each view: random resized crop
     (scales are shares of the image's area, aspects width / height), flip 0.5, colour jitter
-    (0.4, 0.4, 0.2, 0.1) with probability 0.8, greyscale 0.2, Gaussian blur of radius U(0.1, 2) with
+    (0.4, 0.4, 0.2, 0.1) with probability 0.8, greyscale 0.2, Gaussian blur of sigma U(0.1, 2) with
     probability 1, 0.1, 0.5 (first global, second, local), solarisation 0.2 on the second global,
     ImageNet statistics [iBOT, DINO]. Scales and aspects: see `PersonViTRecipe`. Ours: images come
     resized to `size`, where iBOT crops the original file; a crop that fits nowhere is the whole
@@ -316,10 +317,11 @@ class ContrastViews:
     knee [ours U3].
 
     Augmentation as LUPerson's ori-cj+sre [LUP]: random resized crop of 20 % to all of the area,
-    width / height 3/4 to 4/3 (torchvision's default, not adapted to people), greyscale 0.2, blur
-    0.5 with radius U(0.1, 2), flip 0.5, normalisation with LUPerson's statistics, with probability
-    0.5 a rectangle of 2 to 60 % of the area set to the mean colour. No colour jitter: colours of
-    clothes tell people apart. Ours: images come resized, where LUPerson crops the file; bicubic
+    width / height 3/4 to 4/3 (torchvision's default, not adapted to people: those of more than two
+    thirds of a 2:1 image never fit, and all are stretched about twofold), greyscale 0.2, blur 0.5
+    with sigma U(0.1, 2), flip 0.5, normalisation with LUPerson's statistics, with probability 0.5 a
+    rectangle of 2 to 60 % of the area set to the mean colour. No colour jitter: colours of clothes
+    tell people apart. Ours: images come resized, where LUPerson crops the file; bicubic
     (torchvision's default is bilinear); a crop that fits nowhere is the whole image; an erasure is
     tried 10 times, not 100.
     """

@@ -7,12 +7,14 @@ teacher is a moving average of the student; nobody else teaches.
     x        person image, 2 global and L local crops   (B, 3, H, W)    H x W = 256 x 128
     tokens   [CLS] and N patches of a view              (B, 1 + N, D)   N = 16 x 8, a tall grid
     s, t     student's and teacher's scores             (B, K)          K prototypes
-    L_cls    cross-entropy t -> s of [CLS], across different views               [PersonViT Eq. 4]
-    L_patch  cross-entropy t -> s of patches hidden from the student, same view  [PersonViT Eq. 7]
+    p      = softmax((t - c) / T_t): the teacher's answer; c a moving average of its scores [DINO]
+    CE     = -sum over K of p log softmax(s / T_s): the student's distance from that answer
+    L_cls    CE of [CLS], across different views                                 [PersonViT Eq. 4]
+    L_patch  CE of patches hidden from the student, in the same view             [PersonViT Eq. 7]
     L      = L_cls + L_patch                                                     [PersonViT Eq. 8]
 
 G = 2 global and L local views make V = G + L; M patches of a batch are hidden; D is the width of
-the network, d of the bottleneck before the prototypes; m the momentum of the moving average.
+the network, d of the bottleneck before the prototypes; T temperatures; m the teacher's momentum.
 
 The paper has no public pre-training code; equations and structure are read from notes on it, the
 details from iBOT's code, tagged [iBOT], and equal recorded steps of that code (tests/golden). The
@@ -92,7 +94,8 @@ class Attention(nn.Module):
         B, N, D = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                    # each (B, heads, N, D/heads)
-        # = softmax(q k^T / sqrt(D/heads)) v, without ever writing the (N, N) matrix to memory
+        # = softmax(q k^T / sqrt(D/heads)) v; a fused kernel, where there is one, never stores the
+        # (N, N) matrix
         x = F.scaled_dot_product_attention(q, k, v)             # (B, heads, N, D/heads)
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
 
@@ -186,8 +189,8 @@ class VisionTransformer(nn.Module):
         grid = self.grid_of(H, W)
         patches = self.patch_embed(x).flatten(2).transpose(1, 2)        # (B, N, D), row by row
         if mask is not None:
-            hidden = mask.flatten(1)[:, :, None]                        # (B, N, 1)
-            patches = torch.where(hidden, mask_token.to(patches.dtype), patches)
+            hide = mask.flatten(1)[:, :, None]                          # (B, N, 1)
+            patches = torch.where(hide, mask_token.to(patches.dtype), patches)
         cls = self.cls_token.expand(B, -1, -1)                          # (B, 1, D)
         pos = resize_pos_embed(self.pos_embed, self.grid, grid, "bicubic")  # (1, 1 + N, D) [DINO]
         x = torch.cat([cls, patches], dim=1) + pos                      # (B, 1 + N, D)
@@ -275,8 +278,9 @@ def draw_masks(n: int, height: int, width: int, generator: torch.Generator) -> T
 class Prototypes(nn.Module):
     """Scores of unit vectors against K prototypes, (..., d) -> (..., K): cosines times a gain.
 
-    weight_g is the gain of each prototype; fixed at 1 (`norm_last_layer`), no prototype can win by
-    growing long. Names are those of the old weight_norm, as found in DINO's and iBOT's files.
+    A prototype is a learnt unit vector, one of K classes of things that nobody has named. weight_g
+    is the gain of each; fixed at 1 (`norm_last_layer`), none can score high on everything merely
+    by being long. Names are those of the old weight_norm, as found in DINO's and iBOT's files.
     """
 
     def __init__(self, dim: int, num_prototypes: int, norm_last_layer: bool):
@@ -292,14 +296,15 @@ class Prototypes(nn.Module):
 
 
 class ProjectionHead(nn.Module):
-    """Three-layer MLP, unit sphere, prototypes; [CLS] and patch tokens share the MLP [DINO, iBOT].
+    """Three-layer MLP, unit sphere, prototypes [DINO].
 
-    shared: both kinds of token use the same prototypes too, so that a patch of trousers may speak
-    the language of whole people [iBOT]. Else patches have `last_layer2` of their own.
+    The notes on the paper name two, MLP1 for [CLS] (Eq. 4) and MLP2 for patches (Eq. 6). Here, as
+    in iBOT, both use one MLP. shared: they use the same prototypes too, so patches are sorted into
+    the same K classes as whole people [iBOT]. Else patches have `last_layer2` of their own.
     """
 
     def __init__(self, embed_dim: int, num_prototypes: int = 8192, hidden: int = 2048,
-                 bottleneck: int = 256, shared: bool = True, norm_last_layer: bool = True):
+                 bottleneck: int = 256, shared: bool = True, norm_last_layer: bool = False):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(embed_dim, hidden), nn.GELU(),
                                  nn.Linear(hidden, hidden), nn.GELU(),
@@ -340,15 +345,15 @@ def cls_loss(teacher: Tensor, student: Tensor) -> Tensor:
     assert V > 1, "one view alone has no other view to be compared with"
     # sum over v != q of CE(t_q, s_v) = CE(t_q, sum of all s) - CE(t_q, s_q): one product per q
     total = soft_cross_entropy(teacher, student.sum(0)) - soft_cross_entropy(teacher, student[:G])
-    return total.sum(0).mean() / (G * (V - 1))
+    return total.sum(0).mean() / (G * (V - 1))                               # total (G, B)
 
 
 def patch_loss(teacher: Tensor, student: Tensor, weight: Tensor) -> Tensor:
     """Masked-patch distillation [PersonViT Eq. 7]: (M, K), (M, K), (M,) -> scalar.
 
     The M rows are all hidden patches of the batch, of the same view in both networks. weight: 1 /
-    (hidden patches of the row's image x images), so that each image counts alike, and one
-    with nothing hidden counts 0 and not NaN.
+    (patches hidden in the row's view x views of all images), so that each view counts alike, and
+    one with nothing hidden counts 0 and not NaN.
     """
     return (weight * soft_cross_entropy(teacher, student)).sum()
 
@@ -367,7 +372,7 @@ class PersonViT(nn.Module):
     """
 
     def __init__(self, backbone: VisionTransformer, num_prototypes: int = 8192, hidden: int = 2048,
-                 bottleneck: int = 256, shared_head: bool = True, norm_last_layer: bool = True,
+                 bottleneck: int = 256, shared_head: bool = True, norm_last_layer: bool = False,
                  center_momentum: float = 0.9):
         super().__init__()
         D, K = backbone.embed_dim, num_prototypes
@@ -395,28 +400,30 @@ class PersonViT(nn.Module):
             raise ValueError(f"masks are bool of shape (views, images, {grid[0]}, {grid[1]}), not "
                              f"{masks.dtype} of {tuple(masks.shape)}")
         G, B, N = masks.flatten(2).shape
-        rows = masks.flatten().nonzero().flatten()                           # (M,) of G B N
-        per_image = 1 / masks.flatten(2).sum(2).clamp(min=1)                 # (G, B), 1 / hidden
-        weight = per_image.repeat_interleave(N)[rows] / (G * B)              # (M,)
+        hidden = masks.flatten().nonzero().flatten()         # (M,), places among G B N patches
+        per_view = 1 / masks.flatten(2).sum(2).clamp(min=1)                  # (G, B)
+        weight = per_view.repeat_interleave(N)[hidden] / (G * B)             # (M,)
         device = self.center.device
-        rows, weight = (x.to(device, non_blocking=True) for x in (rows, weight))
-        t_cls, t_patch, spread = self.teach(views["globals"], rows)          # (G, B, K), (M, K)
-        s_cls, s_patch = self.study(views, rows)                             # (V, B, K), (M, K)
+        hidden, weight = (x.to(device, non_blocking=True) for x in (hidden, weight))
+        t_cls, t_patch, spread = self.teach(views["globals"], hidden)        # (G, B, K), (M, K), ()
+        s_cls, s_patch = self.study(views, hidden)                           # (V, B, K), (M, K)
         # subtracting the centre keeps one prototype from taking all, the low temperature keeps the
         # scores from going flat: each prevents the collapse the other alone would cause [DINO]
-        p_cls = ((t_cls - self.center) / teacher_temp).softmax(-1)           # probabilities
-        p_patch = ((t_patch - self.patch_center) / patch_temp).softmax(-1)
+        p_cls = ((t_cls - self.center) / teacher_temp).softmax(-1)           # (G, B, K)
+        p_patch = ((t_patch - self.patch_center) / patch_temp).softmax(-1)   # (M, K)
         cls = cls_loss(p_cls, (s_cls / student_temp).log_softmax(-1))
         patch = patch_loss(p_patch, (s_patch / student_temp).log_softmax(-1), weight)
         return {"total": cls + patch, "cls": cls, "patch": patch,            # [PersonViT Eq. 8]
                 "feature_std": spread, **self.diagnose(p_cls, p_patch, cls)}
 
     @torch.no_grad()
-    def teach(self, views: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def teach(self, views: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Teacher's scores of whole views: [CLS] (G, B, K), hidden patches (M, K); and the spread
-        of its features: 1 = even over the sphere, 0 = one point. Notes the mean scores.
+        of its features, sqrt(1 - |mean|^2) of unit vectors: 0 = all in one point, 1 = their mean is
+        0, which even a few clusters can have. Adds the mean scores for `update_teacher`.
 
-        No gradient: the two would meet at the easiest answer, the same for everyone."""
+        No gradient: were the teacher trained too, both could lower the loss by giving every image
+        the same answer."""
         backbone, head = self.teacher["backbone"], self.teacher["head"]
         tokens = backbone.forward_features(views.flatten(0, 1))              # (G B, 1 + N, D)
         spread = F.normalize(tokens[:, 0].float(), dim=1).var(0, correction=0).sum().sqrt()
@@ -428,16 +435,18 @@ class PersonViT(nn.Module):
         self.new_center += gathered_mean(cls.mean(0))
         self.new_patch_center += gathered_mean(mean[0])
         self.forwards += 1
-        return cls.unflatten(0, views.shape[:2]), head.last_layer2(patches[rows]), spread
+        return cls.unflatten(0, views.shape[:2]), head.last_layer2(patches[hidden]), spread
 
-    def study(self, views: dict[str, Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
+    def study(self, views: dict[str, Tensor], hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Student's scores: (V, B, K) of [CLS], global views being masked [PersonViT Eq. 5], local
         ones whole; (M, K) of the hidden patches [PersonViT Eq. 6]."""
         backbone, head = self.student["backbone"], self.student["head"]
-        mask = views["masks"].flatten(0, 1).to(rows.device, non_blocking=True)
+        mask = views["masks"].flatten(0, 1)                                  # (G B, rows, columns)
+        mask = mask.to(hidden.device, non_blocking=True)
+        # (G B, 1 + N, D)
         tokens = backbone.forward_features(views["globals"].flatten(0, 1), mask, self.mask_token)
-        patches = head.last_layer2(head(tokens[:, 1:].flatten(0, 1)[rows]))  # (M, K)
-        # the student names the person from what the mask left of the image, too [iBOT]
+        patches = head.last_layer2(head(tokens[:, 1:].flatten(0, 1)[hidden]))  # (M, K)
+        # the [CLS] loss uses the masked views as well [iBOT]
         cls = [tokens[:, 0]]                                                 # (G B, D)
         if len(views["locals"]):
             cls.append(backbone(views["locals"].flatten(0, 1)))             # (L B, D), never masked
@@ -446,13 +455,13 @@ class PersonViT(nn.Module):
 
     @torch.no_grad()
     def diagnose(self, p_cls: Tensor, p_patch: Tensor, cls: Tensor) -> dict[str, Tensor]:
-        """What tells learning from collapse; no host synchronisation.
+        """What tells learning from collapse; without waiting for the GPU.
 
         entropy: of the teacher's answers on [CLS], at most ln K. kl: teacher to student, the part
-        of the loss that can be learnt. information: mutual information of answer and image within
-        a view, at most ln B; 0 when all images get the same answer, flat or sharp.
-        patch_information: the same of answer and hidden patch, as patches may collapse alone.
-        prototypes: how many are some image's favourite.
+        of the loss that can be learnt. information: how much an answer tells which image of the
+        batch it is for (mutual information), at most ln B; 0 when all images get the same answer,
+        flat or sharp. patch_information: the same of answer and hidden patch, as patches may
+        collapse alone. prototypes: how many are the best one of at least one image.
         """
         entropy, information = mutual_information(p_cls)                     # (G,) each
         used = torch.zeros_like(self.center).scatter_(0, p_cls.argmax(-1).flatten(), 1.0).sum()
@@ -480,7 +489,8 @@ class PersonViT(nn.Module):
     @staticmethod
     def collapsed(values: dict[str, float]) -> bool:
         """Do logged diagnostics show a teacher that gives every image the same answer?"""
-        # at random weights all are above 0.5 on images of people; the limit is ours
+        # at random weights all are above 0.5 on images of people, with the recipes' temperatures;
+        # the limit is ours
         return not all(values[name] > 1e-2
                        for name in ("information", "patch_information", "feature_std"))
 
@@ -490,8 +500,8 @@ class PersonViT(nn.Module):
 
 
 def mutual_information(p: Tensor) -> tuple[Tensor, Tensor]:
-    """Answers (..., n, K) -> their mean entropy and what they tell about which of the n asked: the
-    entropy of the mean answer less the mean entropy, (...) each; 0 for n = 0."""
+    """Answers (..., n, K) for n images -> their mean entropy, and the mutual information of answer
+    and image: the entropy of the mean answer less the mean entropy. (...) each; 0 for n = 0."""
     entropy = torch.special.entr(p).sum(-1).sum(-1) / max(p.shape[-2], 1)
     of_mean = torch.special.entr(p.sum(-2) / max(p.shape[-2], 1)).sum(-1)
     return entropy, of_mean - entropy

@@ -39,9 +39,9 @@ VITS, RESNETS = (tuple(a for a in ARCHS if a.startswith(kind)) for kind in ("vit
 @dataclass(frozen=True)
 class PersonViTRecipe:
     """PersonViT pre-training on LUPerson. The paper's true values lie in its released checkpoints
-    (`args`). [iBOT] = its published ViT-S/16 command, for ViT-B too but for norm_last_layer;
-    [inferred] = read into the checkpoint's name. Probabilities of augmentation and masks stand with
-    their code."""
+    (`args`), as notes on them say. [iBOT] = its published ViT-S/16 command, for ViT-B too but for
+    norm_last_layer; [inferred] = read into the checkpoint's name. Probabilities of augmentation and
+    masks stand with their code."""
 
     arch: str = option("vit_small", "backbone [PersonViT]", choices=VITS)
     size: tuple[int, int] = option((256, 128), "global crops [PersonViT]; local: half", 16, 4096)
@@ -67,7 +67,7 @@ class PersonViTRecipe:
     drop_path: float = option(0.1, "stochastic depth of the student [iBOT]", 0, 0.99)
     local_crops: int = option(8, "local views [DINO for ReID]", 0, 64)
     masks: bool = option(True, "hide patches from the student; without, only [CLS] is learnt, DINO")
-    global_scale: tuple[float, float] = option((0.4, 1.0), "share of the area [inferred]", 1e-3, 1)
+    global_scale: tuple[float, float] = option((0.4, 1.0), "of the area [DINO for ReID]", 1e-3, 1)
     local_scale: tuple[float, float] = option((0.05, 0.8), "0.05 [DINO], 0.8 [inferred]", 1e-3, 1)
     aspect: tuple[float, float] = option((0.375, 0.667), "width / height [inferred]", 0.1, 10)
     seed: int = option(0, "of everything random", 0, 2 ** 32 - 1)
@@ -145,7 +145,7 @@ class Method:
     views: Callable                  # (uint8 images of this process, step) -> what forward takes
     schedule: Callable               # (step, steps per epoch) -> lr, weight_decay, momentum, ...
     losses: Callable                 # (views, schedule's values) -> total, its parts, diagnostics
-    clip: Callable                   # (epoch) -> norm of the gradients, which it may change
+    finish_gradients: Callable       # (epoch) -> their norm; clips or freezes where a paper does
     batch_dim: int                   # of the views
     reference: dict[str, float]      # what the losses are to be compared with in the log
     statistics: tuple                # mean and std of the views
@@ -175,9 +175,10 @@ def personvit(recipe: PersonViTRecipe, machine: Machine) -> Method:
                 "masks": masks}                        # (2, B, rows, columns), on the CPU
 
     def losses(views: dict[str, Tensor], now: dict[str, float]) -> dict[str, Tensor]:
+        # iBOT has a schedule each for [CLS] and patches; in its ViT-S command they are the same
         return model(views, now["teacher_temp"], now["teacher_temp"], recipe.student_temp)
 
-    def clip(epoch: int) -> Tensor:
+    def finish_gradients(epoch: int) -> Tensor:
         norm = clip_each(model.parameters(), recipe.clip)
         if epoch < recipe.freeze_last_layer:
             for name, p in model.named_parameters():
@@ -187,7 +188,8 @@ def personvit(recipe: PersonViTRecipe, machine: Machine) -> Method:
 
     return Method(model, torch.optim.AdamW(matrix_groups(model), fused=True), views,
                   lambda step, epoch_steps: personvit_schedule(recipe, step, epoch_steps), losses,
-                  clip, 1, {"ln_K": math.log(recipe.prototypes)}, (IMAGENET_MEAN, IMAGENET_STD))
+                  finish_gradients, 1, {"ln_K": math.log(recipe.prototypes)},
+                  (IMAGENET_MEAN, IMAGENET_STD))
 
 
 def personvit_schedule(recipe: PersonViTRecipe, step: int, epoch_steps: int) -> dict[str, float]:
@@ -210,7 +212,7 @@ def matrix_groups(model: torch.nn.Module) -> list[dict]:
     norms, yet on [CLS], positions and a trained gain of prototypes [iBOT]."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return [{"params": [p for p in trained if p.ndim > 1], "decay": 1.0},
-            {"params": [p for p in trained if p.ndim <= 1], "decay": 0.0, "weight_decay": 0.0}]
+            {"params": [p for p in trained if p.ndim <= 1], "decay": 0.0}]
 
 
 def clip_each(parameters, limit: float) -> Tensor:
@@ -264,11 +266,12 @@ def upreid(recipe: UPReIDRecipe, machine: Machine) -> Method:
     if recipe.weight_local:
         reference["ln_stripes"] = math.log(1 + recipe.hardest)
 
-    def clip(epoch: int) -> Tensor:                    # LUP clips nothing
+    def finish_gradients(epoch: int) -> Tensor:        # LUP clips nothing
         return torch.stack(torch._foreach_norm([p.grad for p in trained])).norm()
 
     return Method(model, optimizer, lambda x, step: contrast_views(x, recipe.seed, step), schedule,
-                  lambda views, now: model(views), clip, 0, reference, (LUP_MEAN, LUP_STD))
+                  lambda views, now: model(views), finish_gradients, 0, reference,
+                  (LUP_MEAN, LUP_STD))
 
 
 METHODS = {PersonViTRecipe: personvit, UPReIDRecipe: upreid}
@@ -320,31 +323,31 @@ def pretrain(recipe: PersonViTRecipe | UPReIDRecipe, dataset, run: Run, machine:
             (losses["total"] / n).backward()  # the gradients add up to that of the whole batch
             values += torch.stack([v.detach().float() for v in losses.values()]) / n
         average_gradients(model.parameters())
-        # what is logged, and found not finite, is the mean over all processes
+        # the mean over processes is logged: all see the same value that is not finite, and stop
         logged = dict(zip(losses, gathered_mean(values)))
-        norm = method.clip(step // len(sampler))
-        # a fused optimiser skips a step whose gradient is not finite, without the host having to
-        # look; `loop` looks before it logs or saves, and stops the run
+        norm = method.finish_gradients(step // len(sampler))
+        # the flag by which a GradScaler makes a fused optimiser skip a step: the weights stay whole
+        # and the CPU need not wait; `loop` looks before it logs or saves, and stops the run
         optimizer.found_inf = 1 - (logged["total"] + norm).isfinite().to(torch.float32)
         optimizer.step()
         model.update_teacher(now["momentum"])
         return {**logged, **method.reference, "grad_norm": norm, **now}
 
-    def reading() -> dict:
+    def preprocessing() -> dict:
         """How images enter the backbone."""
         mean, std = method.statistics
         return {"size": recipe.size, "mean": list(mean), "std": list(std)}
 
     def save_backbone(name: str, epoch: int) -> None:
         run.save(name, {"format": "reid-backbone", "recipe": dataclasses.asdict(recipe),
-                        "epoch": epoch, **reading(),
+                        "epoch": epoch, **preprocessing(),
                         "backbone": model.backbone_for_export().state_dict()})
 
     def after_epoch(epoch: int) -> None:
         if keep_every and epoch and epoch % keep_every == 0:
             save_backbone(f"backbone_e{epoch:04d}.pth", epoch)
         if monitor and epoch % monitor_every == 0 and machine.rank == 0:
-            result, _, _ = evaluate(model.backbone_for_export(), monitor, reading(),
+            result, _, _ = evaluate(model.backbone_for_export(), monitor, preprocessing(),
                                     workers=machine.workers, device=machine.device)
             model.train()  # what is exported may be what is trained
             run.log(epoch=epoch, monitor=monitor.name, mAP=result.mAP, rank1=float(result.cmc[0]))

@@ -1,6 +1,6 @@
 """Training: fine-tuning for ReID, and the command line of all training.
 
-P identities x K images -> backbone -> feature f -> BNNeck -> classifier
+P identities x K images -> backbone -> feature f -> BNNeck (a batch norm) -> classifier
 
     L = cross-entropy(classifier(BN(f)), identity) + triplet(f)               weights 1 : 1
 
@@ -46,7 +46,8 @@ from weights import ARCHS, ReIDModel, build_backbone, load_weights
 
 @dataclass(frozen=True)
 class Recipe:
-    """Fine-tuning; the defaults are PersonViT's published recipe for ViT-S [PersonViT code]."""
+    """Fine-tuning; the defaults are PersonViT's published recipe for ViT-S [PersonViT code], unless
+    another source is named."""
 
     arch: str = option("vit_small", "backbone", choices=ARCHS)
     size: tuple[int, int] = option((256, 128), "image height x width", 8, 4096)
@@ -57,14 +58,14 @@ class Recipe:
     lr: float = option(4e-4, "peak learning rate, for batch 64 and pre-trained weights", 0, 1e3)
     bias_lr: float = option(2.0, "factor on the learning rate of biases", 0, 1e3)
     weight_decay: float = option(1e-4, "on every parameter", 0, 1e3)
-    schedule: str = option("cosine", "steps: x 0.1 after 1/3 and 7/12 of the epochs",
+    schedule: str = option("cosine", "steps: x 0.1 after 1/3 and 7/12 of the epochs [BoT]",
                            choices=("cosine", "steps"))
     warmup: int = option(20, "epochs of linear warm-up from 1 %% of the rate", 0, 1e6)
     smoothing: float = option(0.0, "label smoothing of the cross-entropy", 0, 1)
     margin: float | None = option(None, "of the triplet; none: log(1 + exp(d_ap - d_an))", 0, 1e3)
-    labelled: float = option(1.0, "share of the identities to train on, drawn by the seed", 1e-6, 1)
+    labelled: float = option(1.0, "share of the identities that are trained on [ours]", 1e-6, 1)
     drop_path: float = option(0.1, "stochastic depth of the last ViT block", 0, 0.99)
-    last_stride: int = option(1, "stride of the last ResNet stage", choices=(1, 2))
+    last_stride: int = option(1, "stride of the last ResNet stage [BoT]", choices=(1, 2))
     erase: str = option("noise", "what random erasing leaves", choices=("noise", "mean"))
     norm: str = option("half", "mean and std: all 0.5, or ImageNet's", choices=("half", "imagenet"))
     neck_feat: str = option("before", "feature of the ranking: before or after the BNNeck",
@@ -85,8 +86,8 @@ class Recipe:
 BAG_OF_TRICKS = dict(optimizer="adam", lr=3.5e-4, bias_lr=1.0, weight_decay=5e-4, schedule="steps",
                      warmup=10, smoothing=0.1, margin=0.3, erase="mean", norm="imagenet",
                      neck_feat="after")
-# Small nets from random weights on a CPU in minutes. A margin of 0.3 leaves the un-normalised
-# features of a ViT in a narrow cone (cosines above 0.999), which the BNNeck opens. [ours]
+# Small nets from random weights on a CPU in minutes. With a margin of 0.3 a ViT's features stay
+# nearly parallel (cosines above 0.999); the BNNeck subtracts their mean, hence "after". [ours]
 LAPTOP = dict(size=(128, 64), epochs=24, optimizer="adamw", lr=1e-3, bias_lr=1.0,
               weight_decay=0.05, schedule="cosine", warmup=3, smoothing=0.1, margin=0.3,
               neck_feat="after")
@@ -112,15 +113,15 @@ def recipe_for(dataset: str, arch: str | None = None) -> Recipe:
 def hardest(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Euclidean distance of each anchor to its farthest positive and nearest negative: (B,), (B,).
 
-    features (B, D), not normalised (normalising would bound the distances and starve the soft
-    margin); labels (B,). The anchor counts among its positives, at distance 0, so that a lone image
-    is no special case. Raises ValueError when all labels are equal.
+    features (B, D), not normalised (unit vectors are at most 2 apart, so that the soft margin could
+    not fall below log(1 + e^-2) = 0.127); labels (B,). The anchor counts among its positives, at
+    distance 0, so that a lone image is no special case. Raises ValueError if all labels are equal.
     """
     features = features.float()
-    square = features.square().sum(1)
+    square = features.square().sum(1)                                         # (B,)
     dist = square[:, None] + square[None, :] - 2 * features @ features.T      # (B, B)
     dist = dist.clamp(min=1e-12).sqrt()        # the clamp keeps the root's gradient finite at 0
-    same = labels[:, None] == labels[None, :]
+    same = labels[:, None] == labels[None, :]                                 # (B, B)
     if same.all():
         raise ValueError("batch-hard triplet loss needs at least two identities in a batch")
     d_ap = dist.masked_fill(~same, -torch.inf).amax(1)
@@ -141,8 +142,9 @@ def triplet_loss(features: Tensor, labels: Tensor, margin: float | None = None) 
 def learning_rate(recipe: Recipe, epoch: int, scale: float = 1.0) -> float:
     """Learning rate of a 0-based epoch; scale multiplies the peak (biases).
 
-    Warm-up does not delay the cosine, it hides the curve's beginning; start and end are fractions
-    of the unscaled rate, for biases too [PersonViT code].
+    The cosine runs over all epochs; warm-up replaces its first ones, so that the cosine takes over
+    below the peak. Start and end are fractions of the unscaled rate, for biases too [PersonViT
+    code].
     """
     peak, start, end = recipe.lr * scale, 0.01 * recipe.lr, 0.002 * recipe.lr
     if epoch < recipe.warmup:

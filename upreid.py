@@ -1,7 +1,7 @@
 """UP-ReID (arXiv 2112.00317): a ResNet, pre-trained on unlabelled crops of people.
 
 Of the paper only the abstract could be consulted, and no code of it is public. The abstract states:
-contrastive learning; augmentation destroys clues that tell people apart; so an intra-identity
+contrastive learning; augmentation can destroy clues that tell people apart; so an intra-identity
 regularisation with a global part, consistency between augmented and original image, and a local
 part, an intrinsic contrast among local patches of one image. How, it does not state: U1 to U4 below
 are this project's reading, tagged [ours]. They extend LUPerson's MoCo v2, which is known [LUP].
@@ -11,10 +11,10 @@ are this project's reading, tagged [ours]. They extend LUPerson's MoCo v2, which
     q          = f(x1), by the online encoder                        (B, d)           unit vectors
     k, o       = g(x2), g(x), by the momentum encoder, no gradient   (B, d)
     queue      keys of past batches: other images                    (K, d)
-    a, b       = f, g of M stripes of x, each augmented twice        (B, M, d)
+    a, b       = f, g of M stripes of x, augmented twice; own head   (B, M, d)
     D, d       width of the ResNet's feature, and of its projection (128)
     L_con      find k among the queue by q                           info_nce             [ours U1]
-    L_glob     q and o rank the queue alike                          global_consistency   [ours U2]
+    L_glob     q and o should find the same keys similar             global_consistency   [ours U2]
     L_loc      find stripe m among the stripes of x                  intrinsic_contrast   [ours U3]
     L        = L_con + weight_global L_glob + weight_local L_loc                          [ours U4]
 
@@ -26,9 +26,9 @@ Read `UPReID.forward`, then the three losses, then `ResNet.forward_features`.
 
 Exercises (answers: README). 1. `python upreid.py` takes one step on noise, with a queue of 256: why
 is `local` about ln 3, and `instance` nowhere near ln 257? 2. Let the batch statistics leak
-(train.py --pretrain upreid --groups 1): what becomes of `accuracy`, and of the mAP that
---monitor synthetic logs? 3. Give the stripes two negatives at random in place of the two hardest:
-whose loss is lower, and why is that no merit?
+(train.py --pretrain upreid --groups 1 --monitor synthetic --monitor-every 16, and again without
+--groups 1): what becomes of `accuracy`, and of the mAP? 3. Give the stripes two negatives at random
+in place of the two hardest: whose loss is lower, and why is that no merit?
 """
 
 import copy
@@ -75,7 +75,7 @@ class Bottleneck(nn.Module):
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.relu(self.bn2(self.conv2(x)))
         x = self.bn3(self.conv3(x))
-        x += shortcut  # in place: the batch norm before it keeps its input, not its output
+        x += shortcut  # safe in place: the backward pass of bn3 needs its input, not this output
         return self.relu(x)  # after the sum, not before: else a block could only ever add
 
 
@@ -110,12 +110,12 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Last feature map: (B, 3, H, W) -> (B, embed_dim, h, w), h = H/16 for last_stride=1."""
+        """Last feature map: (B, 3, H, W) -> (B, embed_dim, h, w)."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))  # (B, width, H/4, W/4)
         x = self.layer1(x)                                    # (B, 4 width, H/4, W/4)
         x = self.layer2(x)                                    # (B, 8 width, H/8, W/8)
         x = self.layer3(x)                                    # (B, 16 width, H/16, W/16)
-        return self.layer4(x)                                 # (B, 32 width, H/16, W/16)
+        return self.layer4(x)                                 # the same, or H/32, W/32: last_stride
 
     def forward(self, x: Tensor) -> Tensor:
         """Global feature, not normalised: (B, 3, H, W) -> (B, embed_dim)."""
@@ -140,8 +140,9 @@ def resnet_tiny(last_stride: int = 1) -> ResNet:
 def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
     """Instance contrast [ours U1; MoCo]: q, k (B, d), queue (K, d) -> scalar.
 
-    -log of the share that k has in exp(similarity / temperature) among k and the queue; ln(1 + K)
-    when all are equally similar. Source: van den Oord et al. 2018, He et al. 2020.
+    L = -mean over the batch of log[ exp(q.k / T) / (exp(q.k / T) + sum_i exp(q.n_i / T)) ], n_i the
+    rows of the queue, T the temperature: the cross-entropy of finding k among 1 + K candidates;
+    ln(1 + K) when all are equally similar. Source: van den Oord et al. 2018, He et al. 2020.
     """
     positive = (q * k).sum(1, keepdim=True)                                  # (B, 1)
     negatives = q @ queue.T                                                  # (B, K)
@@ -151,11 +152,12 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
 
 def global_consistency(q: Tensor, o: Tensor, queue: Tensor, temperature: float) -> Tensor:
     """Symmetric KL between what q and o find similar in the queue [ours U2]: (B, d), (B, d), (K, d)
-    -> scalar; no gradient through o.
+    -> scalar. No gradient through o, the target: else both could agree by forgetting the clues.
 
     [UP-ReID abstract]: augmented and original image shall agree. The original has all the clues
-    that augmentation destroys; who it resembles is a target that contrast alone does not give.
-    Form, after CO2 (arXiv 2010.02217): P, R softmax over the queue, (KL(P||R) + KL(R||P)) / 2.
+    that augmentation may destroy; which other people it resembles is a target that contrast alone
+    does not give. Form, after CO2 (arXiv 2010.02217) [from memory]: with P = softmax(q.n_i / T) and
+    R = softmax(o.n_i / T) over the queue, L = mean of (KL(P||R) + KL(R||P)) / 2.
     """
     log_p = (q @ queue.T / temperature).log_softmax(1)                       # (B, K)
     log_r = (o.detach() @ queue.T / temperature).log_softmax(1)              # (B, K)
@@ -168,10 +170,12 @@ def intrinsic_contrast(a: Tensor, b: Tensor, temperature: float,
     """Contrast among the M stripes of one image [ours U3]: a, b (B, M, d) -> scalar.
 
     [UP-ReID abstract]: an intrinsic contrast among local patches of each image. Stripe m of a must
-    find stripe m of b among the `hardest` (most similar) of the other M - 1; None takes all.
-    ln(1 + hardest) when all stripes are equally similar. Only stripes of the same image are
-    contrasted, so light and tint of the camera, which they share, do not help: what is particular
-    to that part of the body must. Raises ValueError for hardest outside 1 .. M - 1.
+    find stripe m of b: L = -mean over images and m of
+    log[ exp(a_m.b_m / T) / (exp(a_m.b_m / T) + sum over j in H_m of exp(a_m.b_j / T)) ], H_m the
+    `hardest` (most similar) of the other M - 1 stripes of the image; None takes all. ln(1 +
+    hardest) when all are equally similar. As they are of one image, light and tint of the camera,
+    which they share, do not help: what is particular to that part of the body must. Raises
+    ValueError for hardest outside 1 .. M - 1.
     """
     B, M, _ = a.shape
     hardest = M - 1 if hardest is None else hardest
@@ -199,10 +203,10 @@ class UPReID(nn.Module):
     """Online and momentum encoder and the queue; forward gives the losses of one step.
 
     backbone: the online ResNet; the momentum encoder starts as its copy and follows it. dim d,
-    queue_size K [LUP]. temperature, temperature_global, temperature_local and weights
-    of the losses as above; a loss of weight 0 is not computed. hardest: see `intrinsic_contrast`.
-    groups: parts of a process's batch with batch statistics of their own, at least 2 in all
-    processes together (see `encode_keys`); shuffle=False lets the statistics leak, for comparison.
+    queue_size K [LUP]. Temperatures and weights are of the losses above (sources: `UPReIDRecipe`);
+    a loss of weight 0 is not computed. hardest: see `intrinsic_contrast`. groups: parts of a
+    process's batch with batch statistics of their own; 2 is the least that does not leak (see
+    `encode_keys`), the recipe has 8. shuffle=False lets the statistics leak, for the tests.
     forward raises ValueError for a batch that cannot be cut into groups.
     """
 
@@ -217,6 +221,7 @@ class UPReID(nn.Module):
         if weight_local:  # stripes have a head of their own
             self.online["stripe_head"] = projection_head(D, dim)
         self.momentum = copy.deepcopy(self.online).requires_grad_(False)
+        # random at first, which is too easy: L_con starts low and rises until real keys fill it
         self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1))
         self.register_buffer("oldest", torch.zeros((), dtype=torch.long))  # the next key's place
         self.new_keys: list[Tensor] = []                         # since the queue last moved
@@ -247,8 +252,8 @@ class UPReID(nn.Module):
                 total = total + self.weight_global * losses["global"]
             if self.weight_local:
                 losses["local"] = intrinsic_contrast(a, b, self.temperature_local, self.hardest)
-                total = total + self.weight_local * losses["local"]
-            return {"total": total, **losses, **self.diagnose(feature, q, k)}      # [ours U4]
+                total = total + self.weight_local * losses["local"]                # [ours U4]
+            return {"total": total, **losses, **self.diagnose(feature, q, k)}
 
     def project(self, encoder: nn.ModuleDict, head: str, features: Tensor) -> Tensor:
         """Features (..., D) -> unit vectors (..., d) in float32."""
@@ -256,16 +261,18 @@ class UPReID(nn.Module):
 
     @torch.no_grad()
     def encode_keys(self, views: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """k of the second views and o of the originals (None when U2 is off), in one forward.
+        """k of the second views and o of the originals (None when U2 is off), (B, d) each, in one
+        forward; no gradient: g follows f slowly, so that old keys in the queue stay comparable.
 
         Were q and k of an image normalised by the same batch's statistics, the network could
         recognise the batch instead of the person: the queue comes from other batches, the positive
-        never does. So keys meet mostly other batch mates than queries [MoCo: "shuffling BN"]:
-        written as a table, the images of all processes are queries in rows and keys in columns.
-        Unlike MoCo's, the keys' statistics include the originals.
+        never does. So the groups of keys are others than those of queries [MoCo: "shuffling BN"].
+        Write the n images row by row into a table with a column per group (of all processes): a
+        group of queries is a run of rows, a group of keys a column, and of its images it shares
+        one in `groups` with each. Unlike MoCo's, the keys' statistics include the originals.
         """
         names = ("second", "original") if self.weight_global else ("second",)
-        images = torch.stack([views[name] for name in names], dim=1)
+        images = torch.stack([views[name] for name in names], dim=1)  # (B, 1 or 2, 3, H, W)
         images = gathered(images)                 # (n, 1 or 2, 3, H, W), n = B x processes
         order = torch.arange(len(images), device=images.device)
         if self.shuffle:
@@ -278,7 +285,7 @@ class UPReID(nn.Module):
 
     def encode_stripes(self, views: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """a and b: all stripes of all images, in one forward of each encoder."""
-        # nothing to leak here: an image's stripes, contrasted with one another, share a batch
+        # no shuffling: positive and negatives are of one image, their statistics tell nothing
         a = grouped(self.online["backbone"], views["stripes1"], self.groups)   # (B, M, D)
         with torch.no_grad():
             b = grouped(self.momentum["backbone"], views["stripes2"], self.groups)
@@ -297,20 +304,18 @@ class UPReID(nn.Module):
     @torch.no_grad()
     def diagnose(self, feature: Tensor, q: Tensor, k: Tensor) -> dict[str, Tensor]:
         """accuracy: share of queries more similar to their key than to all of the queue.
-        feature_std, query_std: spread of the backbone's features and of q, 1 = even over the
-        sphere, 0 = one point. One may collapse without the other."""
-        best = (q @ self.queue.T).amax(1)
-        feature = F.normalize(feature.float(), dim=1)
+        feature_std, query_std: `spread` of the backbone's features and of q; one may collapse
+        without the other."""
+        best = (q @ self.queue.T).amax(1)                                          # (B,)
         return {"accuracy": ((q * k).sum(1) > best).float().mean(),
-                "feature_std": feature.var(0, correction=0).sum().sqrt(),
-                "query_std": q.var(0, correction=0).sum().sqrt()}
+                "feature_std": spread(feature), "query_std": spread(q)}
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
         """Once per optimiser step: parameters of g = m g + (1 - m) f; new keys enter the queue.
 
         Not in forward: the losses still need the old queue for their gradients. Statistics of batch
-        norm are not averaged, g has seen its own batches.
+        norm are not copied: g has those of its own forwards.
         """
         for k in self.new_keys:
             self.enqueue(k)
@@ -330,9 +335,15 @@ class UPReID(nn.Module):
         return self.online["backbone"]
 
 
+def spread(x: Tensor) -> Tensor:
+    """sqrt(1 - |mean|^2) of the directions of x (n, D): 0 = all in one point; 1 = their mean is 0,
+    which even a few clusters can have."""
+    return F.normalize(x.float(), dim=1).var(0, correction=0).sum().sqrt()
+
+
 def grouped(net: nn.Module, x: Tensor, groups: int) -> Tensor:
-    """net on (B, ..., 3, H, W), each of `groups` parts with batch statistics of its own ->
-    (B, ..., D); one part as large as the batch when groups is 1."""
+    """net on (B, ..., 3, H, W), each of `groups` parts of the B with batch statistics of its own ->
+    (B, ..., D)."""
     parts = [net(part) for part in x.flatten(0, -4).chunk(groups)]
     return torch.cat(parts).unflatten(0, x.shape[:-3])
 

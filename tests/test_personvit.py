@@ -366,7 +366,7 @@ def test_head():
     v = shared.last_layer.weight_v
     torch.testing.assert_close(shared.last_layer(z), z @ F.normalize(v, dim=1).T)
     assert small_model().student["head"].last_layer.weight_g.requires_grad
-    fixed = PersonViT(VisionTransformer((32, 16), 8, embed_dim=12, depth=1, num_heads=2), 5, 8, 4)
+    fixed = PersonViT(VisionTransformer((32, 16), 8, embed_dim=12, depth=1, num_heads=2), 5, 8, 4, norm_last_layer=True)
     assert not fixed.student["head"].last_layer.weight_g.requires_grad
 
 

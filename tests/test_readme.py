@@ -73,7 +73,7 @@ def test_links_to_sections_and_files():
 
 def sources(text: str) -> set[str]:
     """Tags like [iBOT] or [PersonViT code; BoT]: the sources that they name."""
-    found = re.findall(r"\[((?:[A-Z]|ours|from memory|inferred|notes)[^\[\]`]*)\](?!\()", re.sub(r"\s+", " ", text))
+    found = re.findall(r"\[((?:[A-Z]|iBOT|ours|from memory|inferred|notes)[^\[\]`]*)\](?!\()", re.sub(r"\s+", " ", text))
     return {part.split(":")[0].strip() for tag in found if tag != "CLS" for part in re.split("[;,]", tag)}
 
 
