@@ -11,8 +11,9 @@ neither good nor bad; dropped when the set is read), **0 is a distractor** (a fa
 detector; kept: it can only hurt). camid is the camera's number minus one, never relabelled, because
 the protocol compares cameras between query and gallery.
 
-Worker processes only decode and resize; nothing here is random but the order of images, which is a
-function of (seed, epoch). Read `load_dataset`, `PKSampler`, `Images`.
+Worker processes only decode and resize. Nothing here is random but the order of images, a function
+of (seed, epoch), and which identities are labelled, of the seed. Read `load_dataset`, `PKSampler`,
+`Images`.
 
 Exercises (answers: README). 1. How many batches of 64 has an epoch of the synthetic set with P x K
 = 16 x 4, and with 4 x 16? Why is the second longer? 2. Fine-tune with P = 2 (--arch vit_mini
@@ -20,6 +21,7 @@ Exercises (answers: README). 1. How many batches of 64 has an epoch of the synth
 """
 
 import argparse
+import contextlib
 import difflib
 import hashlib
 import io
@@ -51,12 +53,13 @@ class InputError(ValueError):
 def command_line(main) -> None:
     """Run a script's main: what the user can mend ends in one line, without a traceback."""
     for stream in (sys.stdout, sys.stderr):  # a file's name may be no text at all
-        stream.reconfigure(errors="backslashreplace")
+        if hasattr(stream, "reconfigure"):   # not in a notebook
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except (InputError, OSError) as error:
-        rank = int(os.environ.get("RANK", 0))  # torchrun's; several may see the same error
-        sys.exit(f"error (process {rank}): {error}" if rank else f"error: {error}")
+        rank = os.environ.get("RANK") or "0"  # torchrun's; several may see the same error
+        sys.exit(f"error: {error}" if rank == "0" else f"error (process {rank}): {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted")
 
@@ -89,9 +92,10 @@ class Dataset:
     def fingerprint(self) -> str:
         """Changes with the training images' names and labels, not with the folder they lie in."""
         if isinstance(self.train, PathList):
-            return f"{len(self.train)} images, {self.train.text.size} bytes of names"
-        names = "\n".join(f"{os.path.basename(r.path)} {r.pid}" for r in self.train)
-        names = names.encode("utf-8", "surrogateescape")
+            names = self.train.text
+        else:
+            names = "\n".join(f"{os.path.basename(r.path)} {r.pid}" for r in self.train)
+            names = names.encode("utf-8", "surrogateescape")
         return (f"{len(self.train)} images, "
                 f"{hashlib.blake2b(names, digest_size=6).hexdigest()}")
 
@@ -115,8 +119,8 @@ class Layout(NamedTuple):
 
 MARKET_NAME, NUMBERED_NAME = r"(-1|\d{4})_c(\d)", r"(-1|\d+)_c(\d+)"
 
-# Counts from the sets' own files or readmes; PersonX's split is from memory, its identities are
-# derived: 5,136 queries / 6 cameras = 856 of 1,266 people.
+# Counts from the sets' own files or readmes, DukeMTMC-reID's from loaders of it; PersonX's split is
+# from memory, its identities are derived: 5,136 queries / 6 cameras = 856 of 1,266 people.
 LAYOUTS = {
     "market1501": Layout(
         ("Market-1501-v15.09.15", "market1501", "Market-1501"), MARKET_NAME,
@@ -155,20 +159,25 @@ def load_dataset(name: str, root: str | Path = "data", train_only: bool = False)
     """Read one ReID set below `root` (data folder or the set's own), print and check its counts.
 
     name: one of NAMES, or the path of any folder of crops. "cuhk03-np" is its labeled half,
-    "synthetic" is drawn on first use, "folder" is any tree of Market-style names, "luperson"
-    unlabelled crops: a folder, or a text list of paths. train_only: MSMT17 without the val list.
+    "synthetic" is drawn on first use, "folder" is the tree at `root` itself, with Market-style
+    names, "luperson" unlabelled crops: a folder, or a text list of paths. train_only: MSMT17
+    without the val list.
     Raises InputError when the set is missing, empty, or its names do not parse.
     """
     root = Path(root)
     if name and name not in NAMES and Path(name).exists():
-        name, root = "folder" if Path(name).is_dir() else "luperson", Path(name)
+        root = Path(name)
+        small = root.is_dir() and not root.name.lower().startswith("lup")  # so is LUPerson called
+        name = "folder" if small else "luperson"
     name = {"cuhk03-np": "cuhk03-np-labeled"}.get(name, name)
     if name not in NAMES:
         raise InputError(f"no dataset or folder is called {name!r}; "
                          f"did you mean {closest(name, NAMES)}?")
-    if name == "synthetic" and not (root / name).exists() and not (root / "query").exists():
-        print(f"drawing synthetic people into {root / name}")
-        make_synthetic(root / name)
+    if name == "synthetic":
+        root = root if root.name == name else root / name
+        if not root.exists():
+            print(f"drawing synthetic people into {root}")
+            make_synthetic(root)
     if name == "luperson":
         dataset = load_unlabelled(root)
     elif name == "folder":
@@ -202,7 +211,7 @@ def list_images(folder: Path, recursive: bool = False) -> list[str]:
     suffixes = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
     found, seen = [], set()
 
-    def fail(error: OSError):  # os.walk passes over what it may not read; a set with holes is worse
+    def fail(error: OSError):  # os.walk would pass over what it may not read
         raise InputError(f"{error.filename}: cannot be listed ({error.strerror})")
 
     for here, folders, files in os.walk(folder, onerror=fail, followlinks=True):
@@ -280,7 +289,8 @@ def load_folder(root: Path) -> Dataset:
 
     With sub-folders train/query/gallery or Market's names, these are the splits; else every image
     is in all three and each image queries the others. Without cameras every image becomes a camera
-    of its own, so that "same person, same camera" excludes the image itself and nothing more.
+    of its own, so that "same person, same camera" excludes the image itself and nothing more. -1 is
+    junk as in Market-1501, but 0 a person like any other: take Market's distractors (0000_) out.
     """
     if not root.is_dir():
         raise InputError(f"{root}: no such folder")
@@ -293,7 +303,8 @@ def load_folder(root: Path) -> Dataset:
         paths = [list_images(root, True)] * 3
         note = "no train, query, gallery folders: the same images train and test"
     everything = sorted({p for split in paths for p in split})
-    has_cameras = all(re.match(NUMBERED_NAME, os.path.basename(p)) for p in everything)
+    bare = [p for p in everything if not re.match(NUMBERED_NAME, os.path.basename(p))]
+    has_cameras = not bare
     camera = {p: i for i, p in enumerate(everything)}
 
     def read(split: list[str]) -> list[Record]:
@@ -301,12 +312,15 @@ def load_folder(root: Path) -> Dataset:
             return [r for r in parse_names(split, NUMBERED_NAME) if r.pid != -1]
         pids = [re.match(r"(-1|\d+)", os.path.basename(p)) for p in split]
         # names without a number are crops of nobody known: good for pre-training only
-        return [Record(p, int(m[1]) if m else -1, camera[p]) for p, m in zip(split, pids)]
+        return [Record(p, int(m[1]) if m else -1, camera[p]) for p, m in zip(split, pids)
+                if not m or m[1] != "-1"]
 
     train, query, gallery = map(read, paths)
     named = all(r.pid >= 0 for r in train)
     if not has_cameras:
-        note += "; " * bool(note) + "names without cameras: ranking excludes only the image itself"
+        note += ("; " * bool(note) + f"{len(bare):,} of {len(everything):,} names without cameras, "
+                 f"first {os.path.basename(bare[0])}: ranking excludes only the image itself, "
+                 f"which makes results look better than by Market-1501's protocol")
     return Dataset("folder", root, relabel(train) if named else train,
                    [r for r in query if r.pid >= 0], [r for r in gallery if r.pid >= 0],
                    has_cameras, note)
@@ -321,7 +335,7 @@ def describe(dataset: Dataset, train_only: bool = False) -> str:
     warnings, cameras = [], set()
     for split in ("train", "query", "gallery"):
         records = getattr(dataset, split)
-        ids, cams = len({r.pid for r in records}), {r.camid for r in records}
+        ids, cams = len({r.pid for r in records} - {-1}), {r.camid for r in records}
         cameras |= cams
         shown = f"{len(cams):>3} cameras" if dataset.has_cameras else " no cameras"
         line = f"  {split:<8}{ids:>6,} ids {len(records):>7,} images {shown}"
@@ -330,15 +344,15 @@ def describe(dataset: Dataset, train_only: bool = False) -> str:
             if train_only and dataset.name == "msmt17" and split == "train":
                 expected = (1_041, 30_248)
             same = (ids, len(records)) == expected
-            line += (f"   published {expected[0]:,} / {expected[1]:,}" +
+            line += (f"   expected {expected[0]:,} / {expected[1]:,}" +
                      ("" if same else "   DIFFERENT"))
             if not same:
                 warnings.append(f"WARNING: {split} has {ids:,} ids and {len(records):,} images "
-                                f"where {expected[0]:,} and {expected[1]:,} were published: "
+                                f"where {expected[0]:,} and {expected[1]:,} were expected: "
                                 f"results will not compare with the papers'")
         lines.append(line)
     if layout and layout.counts and len(cameras) != layout.cameras:
-        warnings.append(f"WARNING: {len(cameras)} cameras where {layout.cameras} were published")
+        warnings.append(f"WARNING: {len(cameras)} cameras where {layout.cameras} were expected")
     return "\n".join(lines + warnings)
 
 
@@ -391,7 +405,7 @@ class PathList(Sequence):
 
 
 def check_inside(paths: list[str], source: Path) -> None:
-    """A list file may name files below the data folder only: it may come from anywhere."""
+    """Paths in a list stay below the data folder: a stranger's list could else name any file."""
     for path in paths:
         if os.path.isabs(path) or ".." in Path(path).parts:
             raise InputError(f"{source}: {path!r} leaves the data folder; "
@@ -463,7 +477,7 @@ def write_atomic(file: Path, write) -> None:
 
 
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF")  # others (EPS!) would start other programs
-MOST_PIXELS = 1 << 25  # of a file; a few kilobytes can claim gigapixels
+MOST_PIXELS = 1 << 26  # 67 million, more than most phones take; a small file can claim gigapixels
 
 
 def read_image(path: str, size: tuple[int, int], interpolation: Image.Resampling,
@@ -477,7 +491,8 @@ def read_image(path: str, size: tuple[int, int], interpolation: Image.Resampling
         content = Path(path).read_bytes() if content is None else content
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             if image.width * image.height > MOST_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels are too many")
+                raise ValueError(f"{image.width} x {image.height} pixels are too many, at "
+                                 f"most {MOST_PIXELS:,}")
             if image.mode.startswith("I"):  # 16 bits; convert() would cut at 255
                 image = image.point(lambda value: value / 256).convert("L")
             ImageOps.exif_transpose(image, in_place=True)  # phones store photos on their side
@@ -496,8 +511,8 @@ class Images(torch.utils.data.Dataset):
     __getitems__(indices) -> images (B, 3, H, W), asked (B,), used (B,): where used differs from
     asked the file was broken, and the next readable image of the same identity (or, failing that,
     of the list) stands in. Resized images are kept in memory if all fit in `cache_bytes` (default:
-    a quarter of this machine's, shared by torchrun's processes): nothing random happens before, so
-    a second epoch decodes nothing.
+    a quarter of `memory()`, shared by torchrun's processes): nothing random happens before, so a
+    second epoch decodes nothing. Only workers that are not forked (macOS, Python 3.14) decode anew.
     """
 
     def __init__(self, records: Sequence[Record], size: tuple[int, int],
@@ -507,8 +522,8 @@ class Images(torch.utils.data.Dataset):
         self.cache = self.filled = None
         can_fork = hasattr(os, "fork")
         if cache_bytes is None:
-            cache_bytes = (os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
-                           // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if can_fork else 0)
+            cache_bytes = (memory() // 4 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+                           if can_fork else 0)
         if can_fork and 0 < len(records) * each <= cache_bytes:
             # anonymous shared memory: forked workers fill one cache, and no /dev/shm limit applies
             self.cache = shared_uint8(len(records) * each).view(len(records), 3, *size)
@@ -553,6 +568,17 @@ class Images(torch.utils.data.Dataset):
         return torch.stack(images), torch.tensor(indices), torch.tensor(used)
 
 
+def memory(control: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> int:
+    """Bytes this process may use: the machine's, or less in a container or a batch job (Linux)."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    with contextlib.suppress(OSError):
+        group = Path(control, Path(own).read_text().rpartition("::")[2].strip().lstrip("/"))
+        for folder in (group, *group.parents):
+            with contextlib.suppress(OSError, ValueError):  # no limit here: no file, or "max"
+                limits.append(int((folder / "memory.max").read_text()))
+    return min(limits)
+
+
 def shared_uint8(n: int) -> Tensor:
     return torch.frombuffer(mmap.mmap(-1, n), dtype=torch.uint8)
 
@@ -580,8 +606,9 @@ class PKSampler:
 
     An epoch cuts each identity's shuffled images into groups of K (a short group is filled up with
     images of the same identity; an identity with fewer than K repeats them), and every group is
-    used once: **every image is seen in every epoch**. An epoch is as long as its largest identity
-    and all groups need; places left over go to identities drawn at random. Epochs have constant
+    used once: **every image is seen in every epoch**. An epoch has as many batches as the largest
+    identity has groups, or as all groups fill, whichever is more; places left over go to identities
+    drawn at random. Epochs have constant
     length, `len(sampler)` batches. Order is a function of (seed, epoch); with several processes,
     `rank` takes its share of each batch's identities. Raises InputError for fewer than P identities
     or a P that `world` does not divide.

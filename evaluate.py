@@ -294,7 +294,8 @@ def draw_curves(file: str | Path, folders: list[str]) -> None:
     for folder in folders:
         try:
             text = Path(folder, "log.jsonl").read_text()
-            lines = [json.loads(line) for line in text.splitlines()]
+            lines = [json.loads(line) for line in text.splitlines(True)
+                     if line.endswith("\n")]  # a power cut may have left half a line
             points = [(line["step"], float(line["total"])) for line in lines if "total" in line]
             results = Path(folder, "results.json")
             hits = json.loads(results.read_text()).get("cmc", []) if results.exists() else []
@@ -379,6 +380,9 @@ def device_name(text: str) -> str:
         raise argparse.ArgumentTypeError(f"{text!r} is neither cpu nor cuda")
     if text != "cpu" and not torch.cuda.is_available():
         raise argparse.ArgumentTypeError("no GPU is usable here: run with --device cpu")
+    if text[5:] and int(text[5:]) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"{text}: {torch.cuda.device_count()} GPUs are here, the "
+                                         f"first is cuda:0")
     return text
 
 
@@ -461,10 +465,11 @@ def main(argv: list[str] | None = None) -> None:
         print(f"curves in {args.curves}")
         return
     model, recipe = load_model(args.weights)
-    print(f"{recipe['arch']} at {recipe['size'][0]}x{recipe['size'][1]}, "
-          f"feature {recipe['neck_feat']} the neck, L2-normalised, "
+    plain = recipe["neck_feat"] == "none"
+    print(f"{recipe['arch']} at {recipe['size'][0]}x{recipe['size'][1]}, feature "
+          f"{'of the backbone' if plain else recipe['neck_feat'] + ' the neck'}, L2-normalised, "
           f"mean {tuple(recipe['mean'])}, std {tuple(recipe['std'])}")
-    if recipe["neck_feat"] == "none":
+    if plain:
         print("WARNING: a pre-trained backbone, not fine-tuned for ReID: its plain features count")
     model.to(args.device)
     run = {"batch_size": args.batch_size, "workers": args.workers, "device": args.device,

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from data import write_atomic
 
-GREEN, RED, GREY, INK = (30, 150, 60), (205, 45, 45), (120, 120, 120), (30, 30, 30)
-# ten colours that the colour-blind can tell apart on a photograph (Okabe and Ito's, and two more)
+# Okabe and Ito's green and vermilion, which the colour-blind can tell apart
+GREEN, RED, GREY, INK = (0, 158, 115), (213, 94, 0), (120, 120, 120), (30, 30, 30)
+# their colours, and three more
 PALETTE = [(230, 159, 0), (86, 180, 233), (0, 158, 115), (0, 114, 178), (213, 94, 0),
            (204, 121, 167), (120, 120, 120), (150, 80, 200), (140, 200, 60), (240, 228, 66)]
 W, H, GAP, LABEL, HEAD = 64, 128, 14, 16, 44  # pixels of a person, between people, of text

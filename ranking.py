@@ -5,12 +5,12 @@ Protocol of Market-1501, as PersonViT's published numbers use it. For each query
     rank the gallery by distance to q            nearest first
     drop images of q's person by q's camera      finding the next video frame again proves nothing
     CMC@k = share of queries with a hit among the first k          (rank-1 is CMC@1)
-    AP    = mean precision at the hits; mAP = its mean             (which precision: see `cmc_map`)
+    AP    = mean precision at the hits; mAP = its mean over queries  (which precision: `cmc_map`)
 
 Queries without any right answer left do not count; every result says how many did ("valid a/b").
-Where code in use is kind to a model, this is not: ties count against the query, so that a collapsed
-network (all features equal) scores below chance and not 100 %; NaN is an error; and a copy of the
-query's file in the gallery is no answer. Read `count_before`, then `cmc_map`.
+Usual evaluation is kind to a model in three ways. Here ties count against the query, so that a
+collapsed network (all features equal) scores below chance and not 100 %; NaN is an error; and a
+copy of the query's file in the gallery is no answer. Read `count_before`, then `cmc_map`.
 
 Exercises (answers: README). 1. Hits and misses 0110010: AP by both rules, on paper, then by
 `cmc_map`. 2. One query, 100 gallery images of which the first 5 are right, all distances 0: what do
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from data import InputError
 
-TIE = 1e-6  # closer similarities of unit vectors are equal: float32 rounds a dot product so
+TIE = 1e-6  # similarities that differ by less count as equal: float32 rounds them by about as much
 
 # ---------------------------------------------------------------------------------------------
 # Ranking: CMC and mAP
@@ -66,9 +66,9 @@ class Gallery:
         self.images = None if images is None else as_ids(images)[self.order]
 
     def split(self, q_pids: Tensor, q_camids: Tensor, q_images: Tensor | None):
-        """For B queries: columns (B, W) of the images with the query's id, W the most that one of
-        them has, and two masks (B, W):
-        `match`, the right answers, and `same`, all images of that id (the others are junk)."""
+        """For B queries: columns (B, W) of the images with the query's id, W the largest number of
+        images that any of these ids has, and two masks (B, W): `match`, the right answers, and
+        `same`, all images of that id (the others are junk)."""
         low = torch.searchsorted(self.pids, q_pids)
         high = torch.searchsorted(self.pids, q_pids, right=True)
         width = max(int((high - low).max()), 1)
@@ -170,7 +170,7 @@ def explain_no_valid(q_pids: Tensor, gallery: Gallery) -> str:
             f"{absent} have an id that is not in the gallery, {len(q_pids) - absent} have it only "
             f"by the query's own camera (or as the same image). If the camera ids mean nothing, "
             f"--cams none excludes only the query image itself; if ids differ, "
-            f"are query and gallery of one set?")
+            f"do query and gallery come from the same set?")
 
 
 def cmc_map(distmat, q_pids, g_pids, q_camids, g_camids, max_rank: int = 50, ap: str = "step",
@@ -181,7 +181,8 @@ def cmc_map(distmat, q_pids, g_pids, q_camids, g_camids, max_rank: int = 50, ap:
     torchreid). ap="market": the trapezoid of Market-1501's MATLAB code, mean of the precision
     before and at each right answer; never higher. Images of the query's id by the query's camera
     are left out, as are, when image numbers are given, images of its id with its number;
-    distractors (id 0) stay; ties count against the query. Raises InputError (a ValueError) for
+    distractors (id 0) stay. Equal distances are ties, which count against the query; to
+    `rank_features` also those that rounding cannot tell apart. Raises InputError (a ValueError) for
     distances that are not finite, sizes that do not agree and when no query has a right answer.
 
     >>> hits_at = [1, 1, 0, 1, 0, 0, 1]                      # one query, a gallery already in order
@@ -200,8 +201,6 @@ def cmc_map(distmat, q_pids, g_pids, q_camids, g_camids, max_rank: int = 50, ap:
     gallery.check(dist.shape[1], "gallery")
     chunks = (block.clone() for block in dist.split(256))
     return accumulate(chunks, query, gallery, max_rank, ap, tie=0.0)
-
-
 
 
 def rank_features(q_feats, q_pids, q_camids, g_feats, g_pids, g_camids, max_rank: int = 50,
@@ -258,8 +257,8 @@ def reciprocal(indices: np.ndarray, k: int) -> sparse.csr_matrix:
 
 def encode_neighbours(x: Tensor, indices: np.ndarray, farthest: np.ndarray, k1: int,
                       k2: int) -> sparse.csr_matrix:
-    """V, (N, N) sparse: each image as weights, summing to 1, of images that it knows and that know
-    it. Distances D_ij are divided by the farthest of row i."""
+    """V, (N, N) sparse: row i holds weights, summing to 1, of i's reciprocal neighbours (each among
+    the other's nearest). Distances D_ij are divided by the farthest of row i."""
     R, half = reciprocal(indices, k1 + 1), reciprocal(indices, round(k1 / 2) + 1)
     size, known = half.sum(1).A1, []
     for start in range(0, len(indices), 4096):
@@ -304,24 +303,14 @@ def reranked_chunks(q: Tensor, g: Tensor, k1: int, k2: int, lam: float, chunk: i
 
 
 def shared_weight(rows: sparse.csr_matrix, inverted: sparse.csc_matrix) -> np.ndarray:
-    """sum_t min(V_it, V_jt) for rows i of V and all columns' owners j: (B, N), (G, N) -> (B, G).
-
-    Each weight of i meets those of all j that know the same t: column t of `inverted`.
-    """
-    rows, G = rows.tocoo(), inverted.shape[0]
-    m = np.zeros(rows.shape[0] * G)
-    counts = np.diff(inverted.indptr)[rows.col]
-    ends, start = np.cumsum(counts), 0
-    while start < len(counts):  # four million meetings at a time, however crowded a column is
-        stop = max(int(np.searchsorted(ends, ends[start] - counts[start] + (1 << 22))), start + 1)
-        part, n = slice(start, stop), counts[start:stop]
-        shift = np.cumsum(n) - n
-        place = np.arange(n.sum()) + np.repeat(inverted.indptr[rows.col[part]] - shift, n)
-        pair = np.repeat(rows.row[part].astype(np.int64) * G, n) + inverted.indices[place]
-        m += np.bincount(pair, np.minimum(np.repeat(rows.data[part], n), inverted.data[place]),
-                         len(m))
-        start = stop
-    return m.reshape(-1, G)
+    """sum_t min(V_it, V_jt) of queries i (B, N) and gallery images j (G, N): (B, G)."""
+    m = np.zeros((rows.shape[0], inverted.shape[0]))
+    for i in range(len(m)):
+        own = slice(rows.indptr[i], rows.indptr[i + 1])
+        known = inverted[:, rows.indices[own]]   # the images j that have a neighbour t of i as well
+        weight = np.repeat(rows.data[own], np.diff(known.indptr))
+        m[i] = np.bincount(known.indices, np.minimum(known.data, weight), len(m[i]))
+    return m
 
 
 def rerank(q: Tensor, g: Tensor, k1: int = 20, k2: int = 6, lam: float = 0.3) -> Tensor:

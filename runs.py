@@ -151,7 +151,7 @@ class Run:
             if not locked(handle):
                 raise InputError(f"another process is training in {self.folder}; wait for it, or "
                                  f"choose another folder with --out")
-            # with --overwrite everything; else what a process that was killed was just writing
+            # with --overwrite everything; else the half-written files of a process that was killed
             for path in self.files("" if self.overwrite else ".*.partial"):
                 path.unlink()
             self.overwrite = False
@@ -174,7 +174,7 @@ class Run:
                              "circumstances": self.circumstances})
         if self.writes:
             earlier = [path for path in self.checkpoints() if path < new]
-            later = [path for path in self.checkpoints() if path > new]  # which `restore` passed by
+            later = [path for path in self.checkpoints() if path > new]  # damaged
             for path in earlier[keep - 1:] + later:
                 path.unlink()
 
@@ -183,8 +183,8 @@ class Run:
         found = self.checkpoints()
         for path in found:
             try:
-                with zipfile.ZipFile(path) as content:  # PyTorch ignores the checksums inside, and
-                    # skips a tensor whose entry in the table of contents has a bit flipped
+                # PyTorch checks no checksum, and overlooks some flipped bits of the file's table
+                with zipfile.ZipFile(path) as content:
                     if content.testzip() or any(entry.external_attr or entry.compress_type
                                                 for entry in content.infolist()):
                         raise InputError("a checksum does not match")
@@ -241,10 +241,14 @@ def locked(handle, patience: float = 8.0) -> bool:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
-        except OSError:
+        except BlockingIOError:
             if time.monotonic() > last:
                 return False
             time.sleep(0.2)
+        except OSError as error:
+            print(f"WARNING: this file system has no locks ({error.strerror}): see to it yourself "
+                  f"that no other process trains in the same folder")
+            return True
 
 
 @contextlib.contextmanager
@@ -277,7 +281,7 @@ class Machine:
         several processes or passes    stochastic depth draws otherwise; the log's diagnostics are
                                        means over the parts of a batch
         several processes              a pre-training saves the first one's running statistics
-        several passes                 other keys of UP-ReID are normalised together
+        several passes                 UP-ReID's keys share batch statistics with other images
     """
 
     device: str = "cpu"
@@ -363,25 +367,23 @@ def anyone(flag: bool) -> bool:
     return bool(flags)
 
 
-def union(mine: set) -> set:
-    """What all processes have found."""
-    if not together():
-        return mine
-    parts: list = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, mine)
-    return set().union(*parts)
+def everyones(mine) -> list:
+    """The same thing of each process, in their order."""
+    parts = [mine]
+    if together():
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, mine)
+    return parts
 
 
 def check_agreement(mine: dict) -> None:
     """Raise InputError, naming what differs, unless all processes were told the same."""
-    if together():
-        parts: list = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, mine)
-        differ = [f"{k}: {parts[0].get(k)} and {part[k]}" for part in parts for k in part
-                  if part[k] != parts[0].get(k)]
-        if differ:
-            raise InputError(f"the processes were started differently ({differ[0]}); on every "
-                             f"machine the command and the dataset must be the same")
+    first, *others = everyones(mine)
+    differ = [f"{k}: {first.get(k)} and {other[k]}" for other in others for k in other
+              if other[k] != first.get(k)]
+    if differ:
+        raise InputError(f"the processes were started differently ({differ[0]}); on every machine "
+                         f"the command and the dataset must be the same")
 
 
 def average_gradients(parameters) -> None:
@@ -414,14 +416,16 @@ class AllRows(torch.autograd.Function):
 def all_rows(x: Tensor) -> Tensor:
     """Rows of all processes, (B, ...) -> (n, ...), for a loss that each computes of all of them.
 
-    Every process then has the whole gradient of its own rows; `average_gradients` will divide what
-    these do to a weight by the number of processes, so it is multiplied here.
+    Each process computes the whole loss, but back-propagates through its own rows alone: gradients
+    of weights must be summed over processes. `average_gradients` takes their mean; multiplying
+    here makes it the sum.
     """
     return AllRows.apply(x) if together() else x
 
 
 class MeanOverAll(torch.autograd.Function):
-    """Mean of a tensor over all processes, and of its gradient: all losses depend on it."""
+    """Mean over all processes. Backward takes the mean of the gradients too, as the losses of all
+    processes depend on the result."""
 
     @staticmethod
     def forward(_, x: Tensor) -> Tensor:
@@ -497,7 +501,7 @@ def loop(run: Run, images: Images, sampler, recipe, parts: dict, take_step, mach
     parts = {**parts, "meter": meter}
     with run.begin(), stop_requests() as stop:
         (first, bad), start = run.restore(parts), time.perf_counter()
-        if len(union({first})) > 1:
+        if len(set(everyones(first))) > 1:
             raise InputError(f"{run.folder}: not all processes see the same checkpoints; several "
                              f"machines need a folder on a file system that they share")
         loader = batches(images, sampler, first, recipe.epochs, machine.workers)
@@ -519,7 +523,7 @@ def loop(run: Run, images: Images, sampler, recipe, parts: dict, take_step, mach
                 check_finite(meter.sums["total"] + meter.sums.get("grad_norm", 0), step, run)
             stopping = anyone(bool(stop))
             if logs or saves or stopping:
-                bad = union(bad)
+                bad = set().union(*everyones(bad))
                 check_broken(bad, images.records)
             if logs:
                 values = meter.read(last - done)
@@ -564,8 +568,8 @@ def check_broken(bad: set[int], records) -> None:
 class Meter:
     """Means between two log lines, images per second, and the share of time spent waiting.
 
-    The sums belong into the checkpoint: a line that spans a stop shall be the line it would have
-    been. What a clock measures begins anew.
+    The sums belong into the checkpoint, so that a line which spans a stop equals the uninterrupted
+    run's. What a clock measures begins anew.
     """
 
     def __init__(self):

@@ -5,9 +5,10 @@
     upreid     UP-ReID's losses, one by one
     personvit  PersonViT without its masks, without its local crops
 
-Rows of one network and share have the same fine-tuning; of one seed also the same labelled people.
-Each training has a folder below --out, so a study that was stopped goes on with the same command,
-and parts of it (--seeds 0 1, --seeds 2) may run side by side, to be put together at last.
+Rows with the same network and share of labels are fine-tuned alike, and with the same seed on the
+same labelled people. Each training has a folder below --out, so a study that was stopped goes on
+with the same command; parts of it (--seeds 0 1, --seeds 2) may run side by side with the same
+--out, and the command with all seeds then trains nothing anew and prints the whole table.
 Read `few_shot`, then `run_rows`.
 
 Exercises (answers: README). 1. How many seeds does it take to see a gain of one point? The tables
@@ -61,7 +62,7 @@ class Row:
 
 def recipes(method: str, dataset, seed: int, given: dict):
     """Recipes of pre-training and fine-tuning for a method's laptop network; given: bf16, and size,
-    epochs, pretrain_epochs if they shall not be the usual ones."""
+    epochs, pretrain_epochs where they differ from the usual ones."""
     before = pretrain_recipe_for(method, "synthetic")
     recipe = recipe_for(dataset.name, before.arch)
     people = len({r.pid for r in dataset.train})

@@ -3,11 +3,11 @@
 No data set at hand, no GPU, no real person's privacy at stake: the demo, the tests and the
 exercises run on these. An identity is a body, skin, hair, clothes with patterns and prints,
 shoes, bag, hat; an image adds a pose, a view angle, a camera (background, colours, blur,
-noise), a sloppy detector's box and at times something in the way. People share a few garment
-colours, so a colour histogram does not find them again; prints, patterns and bags do. Every
-image is a function of (seed, identity, number) alone. Nothing else in the project needs to be
-read to understand this file, nor this file to understand anything else. Read `make_synthetic`,
-then `render`, then as deep as you like.
+noise), a sloppy detector's box and at times something in the way. Each camera has its own light
+and background, and people share a few garment colours, so a colour histogram hardly finds them
+again; prints, patterns and bags do. Every image is a function of (seed, identity, number) alone.
+Nothing else in the project needs to be read to understand this file, nor this file to understand
+anything else. Read `make_synthetic`, then `render`, then as deep as you like.
 
 Exercises (answers: README). 1. Let all images come from the first camera, whatever their names say
 (`make_camera` in `render`): how far does the colour histogram get now? 2. Train on that set and
@@ -32,7 +32,7 @@ from PIL import Image, ImageDraw, ImageFilter
 # A body stands in a frame of its own: (side, up, front) in body heights, side to the person's left,
 # front where the face looks. All parts live in that frame, so turning it gives every view its due.
 
-# So few colours that many people share theirs: colour alone cannot tell them apart.
+# So few colours that many people share theirs.
 CLOTHES = [(46, 46, 52), (222, 220, 214), (130, 134, 140), (44, 60, 112), (172, 52, 54),
            (62, 116, 84), (194, 162, 112), (92, 142, 190)]
 OUTFITS = 24  # combinations of garments in the whole town

@@ -109,8 +109,8 @@ class WeightsFile:
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and std by which images enter: as the file says, else by this table.
 
-        TransReID's and PersonViT's fine-tuned models and timm's ViT (recognised by its classifier
-        in a file without nesting, which DeiT's have [from memory]) 0.5 and 0.5; else ImageNet's.
+        0.5 and 0.5 for TransReID's and PersonViT's fine-tuned models and timm's ViT (a flat file
+        with a classifier; DeiT's files are nested [from memory]); ImageNet's for all others.
         """
         if "mean" in self.recipe:
             return tuple(self.recipe["mean"]), tuple(self.recipe["std"])
@@ -119,7 +119,7 @@ class WeightsFile:
         return ((0.5,) * 3, (0.5,) * 3) if half else (IMAGENET_MEAN, IMAGENET_STD)
 
 
-SCALAR = np.float64(0).__reduce__()[0]  # what rebuilds a number of NumPy, under its two names
+SCALAR = np.float64(0).__reduce__()[0]  # makes a NumPy number; NumPy 2 renamed its module
 HARMLESS = [argparse.Namespace, np.dtype, (SCALAR, "numpy.core.multiarray.scalar"),
             (SCALAR, "numpy._core.multiarray.scalar"),
             *(type(np.dtype(kind)) for kind in ("f8", "f4", "i8", "i4", "?"))]
@@ -204,7 +204,7 @@ def interpret(path: str, content: dict) -> WeightsFile:
         raise InputError(f"{path}: {len(bad)} weights are not finite floating-point numbers, first "
                          f"{bad[0]}: the training diverged, or they were rounded to integers; "
                          f"nothing was loaded")
-    if "dist_token" in others and "pos_embed" in state:  # DeiT: its position is the second
+    if "dist_token" in others and "pos_embed" in state:  # DeiT: the second position is its
         state["pos_embed"] = torch.cat([state["pos_embed"][:, :1], state["pos_embed"][:, 2:]], 1)
     recipe = content.get("recipe") if isinstance(content.get("recipe"), dict) else {}
     recipe = recipe | {k: content[k] for k in ("size", "mean", "std") if k in content}

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, market_tree, write_image
 from PIL import Image
 
-from data import Images, InputError, PathList, PKSampler, Record, ShuffleSampler, load_dataset, read_image
+from data import Images, InputError, PathList, PKSampler, Record, ShuffleSampler, load_dataset, memory, read_image
 from synthetic import make_synthetic
 
 # ---- datasets --------------------------------------------------------------------------------
@@ -36,7 +36,7 @@ def test_market1501(tmp_path, capsys):
     names = [os.path.basename(r.path) for r in dataset.gallery]
     assert names == sorted(names)
     out = capsys.readouterr().out
-    assert "published 751 / 12,936   DIFFERENT" in out and "WARNING: train has 4 ids and 16 images" in out
+    assert "expected 751 / 12,936   DIFFERENT" in out and "WARNING: train has 4 ids and 16 images" in out
     for same in (root, tmp_path):  # the data folder or the set's own
         assert load_dataset("market1501", same).train == dataset.train
 
@@ -108,6 +108,24 @@ def test_folder_with_and_without_cameras(tmp_path, capsys):
     write_image(tmp_path / "b" / "nobody.jpg")               # crops without names still serve pre-training
     dataset = load_dataset("folder", tmp_path / "b")
     assert len(dataset.train) == 5 and len(dataset.query) == 4
+    capsys.readouterr()
+    write_image(tmp_path / "a" / "query" / "0003_stray.jpg")     # one name of many, and cameras mean nothing
+    write_image(tmp_path / "a" / "query" / "-1_junk.jpg")
+    dataset = load_dataset("folder", tmp_path / "a")
+    assert not dataset.has_cameras and len(dataset.query) == 5
+    assert "2 of 38 names without cameras, first -1_junk.jpg" in capsys.readouterr().out
+    for name in ("x.jpg", "y.jpg"):
+        write_image(tmp_path / "d" / name)
+    load_dataset("folder", tmp_path / "d")
+    assert "train        0 ids       2 images" in capsys.readouterr().out
+
+
+def test_synthetic_never_takes_another_set_for_its_own(tmp_path, monkeypatch):
+    market_tree(tmp_path / "market")
+    monkeypatch.setattr("data.make_synthetic", lambda folder: market_tree(folder, ids=2))
+    for root in ("market", "market/synthetic", "market"):
+        assert load_dataset("synthetic", tmp_path / root).root == tmp_path / "market" / "synthetic"
+    assert len({r.pid for r in load_dataset("synthetic", tmp_path / "market").query}) == 2
 
 
 def test_luperson_tree_and_list(tmp_path, capsys):
@@ -129,6 +147,12 @@ def test_luperson_tree_and_list(tmp_path, capsys):
         (tmp_path / "some.txt").write_text(text)
         listed = load_dataset(str(tmp_path / "some.txt")).train
         assert len(listed) == 2 and listed[0].path == first.train[1].path
+    prints = set()
+    for text in ("a.jpg\nb.jpg\n", "b.jpg\na.jpg\n", "a.jpg\nc.jpg\n"):      # other images, or in another order
+        (tmp_path / "some.txt").write_text(text)
+        prints.add(load_dataset(str(tmp_path / "some.txt")).fingerprint())
+    assert len(prints) == 3
+    assert isinstance(load_dataset(str(tmp_path / "luperson")).train, PathList)  # by its path: not a Record for each
     (tmp_path / "some.txt").write_text("\n\na.jpg\n\n b.jpg\n\n")
     listed = load_dataset(str(tmp_path / "some.txt")).train
     assert [os.path.basename(r.path) for r in listed[:9]] == ["a.jpg", " b.jpg"]  # blank lines are none
@@ -231,7 +255,7 @@ def test_synthetic_people_are_a_function_of_the_seed(tmp_path):
             for name, seed, workers in (("a", 0, 0), ("b", 0, 2), ("c", 1, 0))]
     contents = [{p.relative_to(root): p.read_bytes() for p in sorted(root.rglob("*.jpg"))} for root in sets]
     assert contents[0] == contents[1] and contents[0] != contents[2]
-    dataset = load_dataset("synthetic", tmp_path / "a")
+    dataset = load_dataset("folder", tmp_path / "a")
     assert len({r.pid for r in dataset.train}) == 3 and len({r.camid for r in dataset.train}) > 2
     for q in dataset.query:                                      # somebody else's camera saw them too
         assert any(g.pid == q.pid and g.camid != q.camid for g in dataset.gallery)
@@ -245,7 +269,7 @@ def test_synthetic_people_are_a_function_of_the_seed(tmp_path):
 
 def test_colour_alone_does_not_find_synthetic_people(tmp_path):
     from evaluate import colour_histograms, rank_features
-    dataset = load_dataset("synthetic", make_synthetic(tmp_path / "a", train_ids=1, test_ids=40))
+    dataset = load_dataset("folder", make_synthetic(tmp_path / "a", train_ids=1, test_ids=40))
     args = [x for part in (dataset.query, dataset.gallery)
             for x in (colour_histograms(part), [r.pid for r in part], [r.camid for r in part])]
     assert rank_features(*args).cmc[0] < 0.5
@@ -336,6 +360,18 @@ def test_cache_returns_the_same_pixels(tmp_path):
         assert torch.equal(cached.__getitems__([3, 1, 3])[0], plain.__getitems__([3, 1, 3])[0])
     assert cached.filled.tolist() == [0, 1, 0, 1, 0, 0, 0, 0]
     assert pickle.loads(pickle.dumps(cached)).cache is None
+
+
+def test_memory_is_what_the_job_may_use(tmp_path):
+    job = tmp_path / "slice" / "job_1" / "step_0"
+    job.mkdir(parents=True)
+    (tmp_path / "own").write_text("0::/slice/job_1/step_0\n")
+    machine = memory(str(tmp_path), str(tmp_path / "absent"))
+    assert machine == memory(str(tmp_path), str(tmp_path / "own")) > 1 << 28
+    (job / "memory.max").write_text("max\n")
+    (job.parent / "memory.max").write_text("4096000\n")
+    (tmp_path / "slice" / "memory.max").write_text("8192000\n")
+    assert memory(str(tmp_path), str(tmp_path / "own")) == 4096000
 
 
 # ---- sampler ---------------------------------------------------------------------------------

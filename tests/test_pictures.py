@@ -192,10 +192,10 @@ def test_people_in_pictures_are_different_people():
 
 def test_curves(weights, tmp_path, capsys):
     log = [{"step": 10 * i, "total": 5 / (i + 1)} for i in range(9)] + [{"epoch": 3, "monitor": "x", "mAP": 0.1}]
-    (weights.parent / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
+    (weights.parent / "log.jsonl").write_text("\n".join([*map(json.dumps, log), '{"step": 90, "to']))  # a power cut
     other = tmp_path / "other"
     other.mkdir()
-    (other / "log.jsonl").write_text(json.dumps({"step": 5, "total": 3}))
+    (other / "log.jsonl").write_text(json.dumps({"step": 5, "total": 3}) + "\n")
     run("--curves", tmp_path / "c.png", "--runs", weights.parent, other)
     assert Image.open(tmp_path / "c.png").size[0] == 880          # losses and CMC
     with pytest.raises(InputError, match="is no run folder"):

@@ -360,6 +360,14 @@ def test_a_run_holds_its_folder_and_hears_a_stop_to_the_end(dataset, tmp_path, m
     assert train.fine_tune_and_evaluate(TINY, dataset, tmp_path / "run", machine=Machine("cpu", 0))["mAP"] > 0
 
 
+def test_a_file_system_without_locks_is_said_not_refused(tmp_path, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(38, "Function not implemented")
+    monkeypatch.setattr(runs.fcntl, "flock", flock)
+    with Run(tmp_path / "run", {}, False).begin():
+        assert "has no locks (Function not implemented)" in capsys.readouterr().out
+
+
 def test_other_weights_of_the_same_name_are_another_run(dataset, tmp_path):
     for seed in (0, 1):
         torch.manual_seed(seed)
