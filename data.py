@@ -170,7 +170,7 @@ def load_dataset(name: str, root: str | Path = "data", train_only: bool = False)
     root = Path(root)
     if name and name not in NAMES and Path(name).exists():
         root = Path(name)
-        small = root.is_dir() and not root.name.lower().startswith("lup")  # so is LUPerson called
+        small = root.is_dir() and not root.name.lower().startswith("lup")  # LUPerson's millions
         name = "folder" if small else "luperson"
     name = {"cuhk03-np": "cuhk03-np-labeled"}.get(name, name)
     if name not in NAMES:

@@ -110,12 +110,13 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Last feature map: (B, 3, H, W) -> (B, embed_dim, h, w)."""
+        """Last feature map: (B, 3, H, W) -> (B, embed_dim, h, w), h = H/16 for last_stride=1, H/32
+        for 2."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))  # (B, width, H/4, W/4)
         x = self.layer1(x)                                    # (B, 4 width, H/4, W/4)
         x = self.layer2(x)                                    # (B, 8 width, H/8, W/8)
         x = self.layer3(x)                                    # (B, 16 width, H/16, W/16)
-        return self.layer4(x)                                 # the same, or H/32, W/32: last_stride
+        return self.layer4(x)                                 # (B, 32 width, h, w)
 
     def forward(self, x: Tensor) -> Tensor:
         """Global feature, not normalised: (B, 3, H, W) -> (B, embed_dim)."""
