@@ -257,6 +257,8 @@ def stop_requests():
     asked: list[int] = []
 
     def handler(number, _):
+        if not asked and os.environ.get("RANK", "0") == "0":  # print may not be called from here
+            os.write(2, b"stopping after this step; Ctrl-C (again) stops at once\n")
         asked.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -542,9 +544,14 @@ def loop(run: Run, images: Images, sampler, recipe, parts: dict, take_step, mach
                 sys.exit(1 if machine.rank else f"stopped after step {done:,} of {last:,}; "
                          f"{run.checkpoints()[0]} holds it; the same command, without "
                          f"--overwrite, goes on from there")
-        if finish and not anyone(bool(stop)):  # all processes or none: they evaluate together
-            finish()
-        if anyone(bool(stop)):
+        try:
+            if anyone(bool(stop)):  # all processes or none: they evaluate together
+                raise KeyboardInterrupt
+            for number in (signal.SIGINT, signal.SIGTERM):  # all is saved: no stop need wait now
+                signal.signal(number, signal.default_int_handler)
+            if finish:
+                finish()
+        except KeyboardInterrupt:
             sys.exit(1 if machine.rank else f"stopped after the last step of {run.folder}; the "
                      f"same command, without --overwrite, goes on from there")
 
