@@ -41,7 +41,8 @@ def step_generator(*key: int, device: str | torch.device = "cpu") -> torch.Gener
 
 
 class Draws:
-    """Random numbers for B samples of one step, the same on every device and number of processes.
+    """Random numbers for B samples of one step, the same on every device, for any number of
+    processes.
 
     Numbers are drawn on the CPU for the global batch of `world` processes; `rank` keeps its own.
     """
@@ -63,8 +64,8 @@ class Draws:
                    whole: bool, log: bool = True) -> tuple[Tensor, Tensor]:
         """(B, 4) top, left, height, width, and whether one was found (B,); area as a share of H W.
 
-        aspect = height / width, log-uniform or uniform. A rectangle that does not fit is drawn
-        again, ten times; `whole` allows sides as long as the image's.
+        aspect = height / width, log-uniform or uniform. One that does not fit is drawn again, ten
+        draws at most; `whole` allows sides as long as the image's.
         """
         areas = self.uniform(*area, 10) * H * W
         aspects = (self.uniform(math.log(aspect[0]), math.log(aspect[1]), 10).exp() if log else
@@ -185,7 +186,8 @@ def resize_matrix(start: Tensor, length: Tensor, n: int, out: int,
 
 
 def blur_matrix(sigma: Tensor, n: int, reach: int = 6) -> Tensor:
-    """Gaussian blur along n pixels, mirrored at the ends: sigma (B,) in pixels -> (B, n, n)."""
+    """Gaussian blur along n pixels, mirrored at the ends: sigma (B,) in pixels -> (B, n, n).
+    reach: of the kernel; three sigma of the largest, 2 [ours]."""
     offset = torch.arange(-reach, reach + 1, device=sigma.device)
     weight = torch.exp(-0.5 * (offset / sigma[:, None]) ** 2)                # (B, 2 reach + 1)
     weight = weight / weight.sum(1, keepdim=True)
@@ -233,7 +235,8 @@ def shift_hue(images: Tensor, turn: Tensor) -> Tensor:
 
 def colour_jitter(images: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor,
                   hue: Tensor, order: Sequence[int]) -> Tensor:
-    """Each (B, 1, 1, 1); 1, 1, 1, 0 changes nothing. Images in [0, 1], `order` of the four."""
+    """Images (B, 3, h, w) in [0, 1]; factors of brightness, contrast and saturation, and a turn of
+    the hue circle, (B, 1, 1, 1) each: 1, 1, 1, 0 changes nothing. order: of the four, 0 to 3."""
     def blend(other, factor):
         return (other + factor * (images - other)).clamp(0, 1)
 

@@ -47,7 +47,7 @@ class InputError(ValueError):
     """Something the user can mend: the scripts print it as one line, without a traceback."""
 
     def __str__(self) -> str:  # a loader's worker wraps the message in its own traceback
-        return " ".join(super().__str__().rpartition("data.InputError: ")[2].split())
+        return " ".join(super().__str__().rpartition("data.InputError: ")[2].splitlines())
 
 
 def command_line(main) -> None:
@@ -93,11 +93,12 @@ class Dataset:
     note: str = ""
 
     def fingerprint(self) -> str:
-        """Changes with the training images' names and labels, not with the folder they lie in."""
+        """Changes with the images' names and labels, not with the place of the folder `root`."""
         if isinstance(self.train, PathList):
             names = self.train.text
         else:
-            names = "\n".join(f"{os.path.basename(r.path)} {r.pid}" for r in self.train)
+            names = "\n".join(f"{os.path.relpath(r.path, self.root)} {r.pid}"
+                              for part in (self.train, self.query, self.gallery) for r in part)
             names = names.encode("utf-8", "surrogateescape")
         return (f"{len(self.train)} images, "
                 f"{hashlib.blake2b(names, digest_size=6).hexdigest()}")
@@ -111,13 +112,13 @@ MARKET_SPLITS = ("bounding_box_train", "query", "bounding_box_test")
 
 
 class Layout(NamedTuple):
-    """Where a public set lies, how its names read, what was published, where to ask for it."""
+    """Where a public set lies, how its names read, what was published, how to come by it."""
 
     folders: tuple[str, ...]             # usual names below --data-root
     pattern: str                         # groups: pid, camera
     counts: dict[str, tuple[int, int]]   # split -> (identities, images)
     cameras: int
-    ask: str                             # nothing is downloaded: most sets need a signed agreement
+    ask: str                             # a sentence: nothing is downloaded here
 
 
 MARKET_NAME, NUMBERED_NAME = r"(-1|\d{4})_c(\d)", r"(-1|\d+)_c(\d+)"
@@ -128,32 +129,33 @@ LAYOUTS = {
     "market1501": Layout(
         ("Market-1501-v15.09.15", "market1501", "Market-1501"), MARKET_NAME,
         {"train": (751, 12_936), "query": (750, 3_368), "gallery": (751, 15_913)}, 6,
-        "its authors' page (search 'Market-1501 dataset'); research only"),
+        "Ask its authors (search 'Market-1501 dataset'); research only"),
     "dukemtmc-reid": Layout(
         ("DukeMTMC-reID", "dukemtmc-reid"), MARKET_NAME,
         {"train": (702, 16_522), "query": (702, 2_228), "gallery": (1_110, 17_661)}, 8,
-        "nobody: the set was withdrawn in 2019 over privacy"),
+        "It was withdrawn in 2019 over privacy"),
     "occluded-duke": Layout(
         ("Occluded_Duke", "occluded-duke"), MARKET_NAME,
         {"train": (702, 15_618), "query": (519, 2_210), "gallery": (1_110, 17_661)}, 8,
-        "name lists at lightas/Occluded-DukeMTMC-Dataset; the images were withdrawn with DukeMTMC"),
+        "Its lists are at github.com/lightas/Occluded-DukeMTMC-Dataset, its images were withdrawn"),
     "personx": Layout(
         ("PersonX", "personx", "personx/subset1"), NUMBERED_NAME,
         {"train": (410, 9_840), "query": (856, 5_136), "gallery": (856, 30_816)}, 6,
-        "github.com/sxzrt/Instructions-of-the-PersonX-dataset"),
+        "See github.com/sxzrt/Instructions-of-the-PersonX-dataset"),
     "cuhk03-np-labeled": Layout(
         ("cuhk03-np/labeled", "cuhk03_np/labeled", "labeled"), NUMBERED_NAME,
         {"train": (767, 7_368), "query": (700, 1_400), "gallery": (700, 5_328)}, 2,
-        "github.com/zhunzhong07/person-re-ranking (new protocol)"),
+        "See github.com/zhunzhong07/person-re-ranking (new protocol)"),
     "cuhk03-np-detected": Layout(
         ("cuhk03-np/detected", "cuhk03_np/detected", "detected"), NUMBERED_NAME,
         {"train": (767, 7_365), "query": (700, 1_400), "gallery": (700, 5_332)}, 2,
-        "github.com/zhunzhong07/person-re-ranking (new protocol)"),
+        "See github.com/zhunzhong07/person-re-ranking (new protocol)"),
     "msmt17": Layout(
         ("MSMT17_V1", "MSMT17_V2", "MSMT17", "msmt17"), r"\d+_\d+_(\d+)_",
         {"train": (1_041, 32_621), "query": (3_060, 11_659), "gallery": (3_060, 82_161)}, 15,
-        "the owners at pkuvmc.com; research only"),
-    "synthetic": Layout(("synthetic",), NUMBERED_NAME, {}, 0, "make_synthetic draws it"),
+        "Ask its owners at pkuvmc.com; research only"),
+    "synthetic": Layout(("synthetic",), NUMBERED_NAME, {}, 0,
+                        "python data.py --synthetic DIR draws it"),
 }
 NAMES = sorted([*LAYOUTS, "cuhk03-np", "folder", "luperson"])
 
@@ -178,9 +180,13 @@ def load_dataset(name: str, root: str | Path = "data", train_only: bool = False)
                          f"did you mean {closest(name, NAMES)}?")
     if name == "synthetic":
         root = root if root.name == name else root / name
-        if not root.exists():
+        if not root.exists() or root.is_dir() and not any(root.iterdir()):
             print(f"drawing synthetic people into {root}")
-            make_synthetic(root)
+            try:
+                make_synthetic(root)
+            except OSError:  # unless another process was faster: it has drawn the very same
+                if not (root / MARKET_SPLITS[0]).is_dir():
+                    raise
     if name == "luperson":
         dataset = load_unlabelled(root)
     elif name == "folder":
@@ -193,16 +199,16 @@ def load_dataset(name: str, root: str | Path = "data", train_only: bool = False)
     return dataset
 
 
-def find_folder(name: str, root: Path, inside: Sequence[str]) -> Path:
-    """The first usual place that holds one of the folders or files `inside`, or a helpful error."""
+def find_folder(name: str, root: Path, inside: str) -> Path:
+    """The first usual place that holds the folder or file `inside`, or a helpful error."""
     folders = LAYOUTS[name].folders
     places = [root, *(root / f for f in folders), *(root / name / f for f in folders)]
     for place in places:
-        if any((place / i).exists() for i in inside):
+        if (place / inside).exists():
             return place
     raise InputError(
-        f"{name} not found: no {inside[0]} in {root} nor in {' or '.join(folders)} below it. "
-        f"Ask for it at: {LAYOUTS[name].ask}. (--dataset synthetic needs no data; --data-root "
+        f"{name} not found: no {inside} in {root} nor in {' or '.join(folders)} below it. "
+        f"{LAYOUTS[name].ask}. (--dataset synthetic needs no data; --data-root "
         f"names another folder)")
 
 
@@ -210,7 +216,7 @@ def list_images(folder: Path, recursive: bool = False) -> list[str]:
     """Image paths sorted by file name within a folder, so that no file system decides the order."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
-    # Market's folders also hold Thumbs.db
+    # Market's folders also hold Thumbs.db, those that macOS has touched ._name.jpg
     suffixes = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
     found, seen = [], set()
 
@@ -221,7 +227,8 @@ def list_images(folder: Path, recursive: bool = False) -> list[str]:
         real = os.path.realpath(here)
         folders[:] = sorted(folders) if recursive and real not in seen else []  # links may go round
         if real not in seen:
-            found += [os.path.join(here, f) for f in sorted(files) if f.lower().endswith(suffixes)]
+            found += [os.path.join(here, f) for f in sorted(files)
+                      if f.lower().endswith(suffixes) and not f.startswith(".")]
         seen.add(real)
     if not found:
         raise InputError(f"{folder}: holds no image ({' '.join(suffixes)})")
@@ -234,8 +241,8 @@ def parse_names(paths: Sequence[str], pattern: str) -> list[Record]:
     bad = [path for path, match in zip(paths, matches) if match is None]
     if bad:
         raise InputError(f"{len(bad)} of {len(paths)} names do not start like 0002_c1 "
-                         f"(identity, camera): {', '.join(bad[:3])}; "
-                         f"--dataset folder reads names without cameras")
+                         f"(identity, camera): {', '.join(bad[:3])}; take them out, or, "
+                         f"if no name has a camera, read them by --dataset folder")
     return [Record(p, int(m[1]), int(m[2]) - 1) for p, m in zip(paths, matches)]
 
 
@@ -247,7 +254,7 @@ def relabel(records: list[Record]) -> list[Record]:
 
 def load_market_style(name: str, root: Path) -> Dataset:
     """Market-1501 and the many sets that copied its three folders."""
-    root = find_folder(name, root, MARKET_SPLITS)
+    root = find_folder(name, root, MARKET_SPLITS[0])
     splits = (parse_names(list_images(root / s), LAYOUTS[name].pattern) for s in MARKET_SPLITS)
     train, query, gallery = ([r for r in records if r.pid != -1] for records in splits)  # -1: junk
     return Dataset(name, root, relabel(train), query, gallery)
@@ -258,13 +265,13 @@ def load_msmt17(root: Path, train_only: bool) -> Dataset:
 
     Test identities start again at 0, yet they are other people than the training identities.
     """
-    root = find_folder("msmt17", root, ("list_train.txt",))
+    root = find_folder("msmt17", root, "list_train.txt")
     masked = (root / "mask_train_v2").is_dir()
     train_dir, test_dir = ("mask_train_v2", "mask_test_v2") if masked else ("train", "test")
 
     def read(split: str, folder: str) -> list[Record]:
         file, names, records = root / f"list_{split}.txt", [], []
-        for number, line in enumerate(read_text(file).splitlines(), 1):
+        for number, line in enumerate(read_text(file).rstrip().splitlines(), 1):
             match = re.fullmatch(r"(\S+) (\d+)\s*", line)
             camera = match and re.match(LAYOUTS["msmt17"].pattern, os.path.basename(match[1]))
             if not camera or int(camera[1]) < 1:
@@ -321,9 +328,10 @@ def load_folder(root: Path) -> Dataset:
     train, query, gallery = map(read, paths)
     named = all(r.pid >= 0 for r in train)
     if not has_cameras:
-        note += ("; " * bool(note) + f"{len(bare):,} of {len(everything):,} names without cameras, "
-                 f"first {os.path.basename(bare[0])}: ranking excludes only the image itself, "
-                 f"which makes results look better than by Market-1501's protocol")
+        some = "WARNING: " if len(bare) < len(everything) else ""
+        note += ("; " * bool(note) + some + f"{len(bare):,} of {len(everything):,} names without "
+                 f"cameras, first {os.path.basename(bare[0])}: ranking excludes only the image "
+                 f"itself, which makes results look better than by Market-1501's protocol")
     return Dataset("folder", root, relabel(train) if named else train,
                    [r for r in query if r.pid >= 0], [r for r in gallery if r.pid >= 0],
                    has_cameras, note)
@@ -377,17 +385,18 @@ class PathList(Sequence):
         if not os.path.getsize(file):
             raise InputError(f"{file}: the list is empty")
         self.text = np.memmap(file, np.uint8, "r")
+        start = 3 * (self.text[:3].tobytes() == b"\xef\xbb\xbf")  # a byte order mark, by Windows
         ends = np.flatnonzero(self.text == ord("\n"))
         if self.text[-1] != ord("\n"):
             ends = np.append(ends, len(self.text))
-        starts = np.concatenate([[0], ends[:-1] + 1])
+        starts = np.concatenate([[start], ends[:-1] + 1])
         ends = ends - (self.text[np.maximum(ends - 1, 0)] == ord("\r"))       # Windows' line ends
         filled = ends > starts
         self.starts, self.ends = starts[filled], ends[filled]
         with open(file, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as raw:
             if raw.find(b"\0") >= 0:
                 raise InputError(f"{file}: not a text file of paths, one per line, in UTF-8")
-            if raw[:1] == b"/" or raw.find(b"\n/") >= 0 or raw.find(b"..") >= 0:
+            if raw[start:start + 1] == b"/" or raw.find(b"\n/") >= 0 or raw.find(b"..") >= 0:
                 check_inside([self.line(i) for i in range(len(self))], file)
 
     def __reduce__(self):  # a worker that is not forked maps the file again; nothing is copied
@@ -400,8 +409,6 @@ class PathList(Sequence):
         return bytes(self.text[self.starts[i]:self.ends[i]]).decode("utf-8", "surrogateescape")
 
     def __getitem__(self, i):
-        if isinstance(i, slice):
-            return [self[j] for j in range(*i.indices(len(self)))]
         if not -len(self) <= i < len(self):
             raise IndexError(i)
         return Record(os.path.join(self.root, self.line(i % len(self))), -1, -1)
@@ -417,7 +424,7 @@ def check_inside(paths: list[str], source: Path) -> None:
 
 def read_text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: cannot be read ({error})") from None
 
@@ -525,8 +532,7 @@ class Images(torch.utils.data.Dataset):
         self.cache = self.filled = None
         can_fork = hasattr(os, "fork")
         if cache_bytes is None:
-            cache_bytes = (memory() // 4 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-                           if can_fork else 0)
+            cache_bytes = memory() // 4 // processes_here() if can_fork else 0
         if can_fork and 0 < len(records) * each <= cache_bytes:
             # anonymous shared memory: forked workers fill one cache, and no /dev/shm limit applies
             self.cache = shared_uint8(len(records) * each).view(len(records), 3, *size)
@@ -582,6 +588,19 @@ def memory(control: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> i
     return min(limits)
 
 
+def processes_here() -> int:
+    """Of torchrun's processes, how many run on this machine; 1 without torchrun."""
+    here = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(int(here) if here.isdecimal() else 1, 1)
+
+
+def cores() -> int:
+    """Cores of this process: those it may use, shared with torchrun's others here; at least 1."""
+    able = hasattr(os, "sched_getaffinity")  # else: macOS, Windows
+    usable = len(os.sched_getaffinity(0)) if able else os.cpu_count() or 1
+    return max(usable // processes_here(), 1)
+
+
 def shared_uint8(n: int) -> Tensor:
     return torch.frombuffer(mmap.mmap(-1, n), dtype=torch.uint8)
 
@@ -611,10 +630,9 @@ class PKSampler:
     images of the same identity; an identity with fewer than K repeats them), and every group is
     used once: **every image is seen in every epoch**. An epoch has as many batches as the largest
     identity has groups, or as all groups fill, whichever is more; places left over go to identities
-    drawn at random. Epochs have constant
-    length, `len(sampler)` batches. Order is a function of (seed, epoch); with several processes,
-    `rank` takes its share of each batch's identities. Raises InputError for fewer than P identities
-    or a P that `world` does not divide.
+    drawn at random. Epochs have constant length, `len(sampler)` batches. Order is a function of
+    (seed, epoch); with several processes, `rank` takes its share of each batch's identities. Raises
+    InputError for fewer than P identities or a P that `world` does not divide.
 
     Differs from TransReID's sampler, which drops short groups and the last identities of an epoch.
     """

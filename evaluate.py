@@ -417,7 +417,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--workers", type=int, default=2, help="processes that decode images")
     add("--device", type=device_name, help="cpu or cuda",
         default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--bf16", action="store_true", help="bfloat16 network, float32 ranking")
+    add("--bf16", action=argparse.BooleanOptionalAction,
+        help="bfloat16 network, float32 ranking; default: as the model was trained")
     return parser
 
 
@@ -473,7 +474,7 @@ def main(argv: list[str] | None = None) -> None:
         print("WARNING: a pre-trained backbone, not fine-tuned for ReID: its plain features count")
     model.to(args.device)
     run = {"batch_size": args.batch_size, "workers": args.workers, "device": args.device,
-           "bf16": args.bf16}
+           "bf16": bool(recipe.get("bf16")) if args.bf16 is None else args.bf16}
     if args.dataset:
         evaluate_dataset(args, model, recipe, run)
     else:

@@ -209,7 +209,7 @@ def vit_mini(img_size: tuple[int, int] = (256, 128), **kwargs) -> VisionTransfor
 
 
 def vit_tiny(img_size: tuple[int, int] = (256, 128), **kwargs) -> VisionTransformer:
-    """ViT-Ti/16 (192 wide): for exercises on a CPU; the paper does not use it."""
+    """ViT-Ti/16 (192 wide), between vit_mini and vit_small; the paper does not use it."""
     return VisionTransformer(img_size, embed_dim=192, depth=12, num_heads=3, **kwargs)
 
 
@@ -287,7 +287,7 @@ class Prototypes(nn.Module):
         super().__init__()
         self.weight_g = nn.Parameter(torch.ones(num_prototypes, 1), not norm_last_layer)
         self.weight_v = nn.Parameter(torch.empty(num_prototypes, dim))
-        nn.init.kaiming_uniform_(self.weight_v, math.sqrt(5))   # nn.Linear's own [from memory]
+        nn.init.kaiming_uniform_(self.weight_v, math.sqrt(5))  # nn.Linear's; iBOT: [from memory]
 
     def forward(self, z: Tensor) -> Tensor:
         # not in bfloat16: a temperature of 0.04 magnifies its rounding of a cosine 25 times
@@ -303,8 +303,8 @@ class ProjectionHead(nn.Module):
     the same K classes as whole people [iBOT]. Else patches have `last_layer2` of their own.
     """
 
-    def __init__(self, embed_dim: int, num_prototypes: int = 8192, hidden: int = 2048,
-                 bottleneck: int = 256, shared: bool = True, norm_last_layer: bool = False):
+    def __init__(self, embed_dim: int, num_prototypes: int, hidden: int, bottleneck: int,
+                 shared: bool, norm_last_layer: bool):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(embed_dim, hidden), nn.GELU(),
                                  nn.Linear(hidden, hidden), nn.GELU(),
@@ -338,8 +338,8 @@ def soft_cross_entropy(teacher: Tensor, student: Tensor) -> Tensor:
 def cls_loss(teacher: Tensor, student: Tensor) -> Tensor:
     """[CLS] self-distillation across views [PersonViT Eq. 4]: (G, B, K), (V, B, K) -> scalar.
 
-    The first G student views are the teacher's. Mean over all pairs of different views and images:
-    a pair of equal views would be solved without understanding anything.
+    The first G student views are the teacher's. Mean over images, and over all pairs of a teacher's
+    view and another view of the student: equal views would be matched without understanding.
     """
     G, V = len(teacher), len(student)
     assert V > 1, "one view alone has no other view to be compared with"
@@ -432,7 +432,7 @@ class PersonViT(nn.Module):
         # the centre of patches is a mean over ALL of them; scores are linear in z, so the score of
         # the mean is the mean of the scores, and the other patches never meet the prototypes
         mean = head.last_layer2(patches.mean(0, keepdim=True))               # (1, K)
-        self.new_center += gathered_mean(cls.mean(0))
+        self.new_center += gathered_mean(cls.mean(0))                        # (K,)
         self.new_patch_center += gathered_mean(mean[0])
         self.forwards += 1
         return cls.unflatten(0, views.shape[:2]), head.last_layer2(patches[hidden]), spread
@@ -490,8 +490,8 @@ class PersonViT(nn.Module):
     def collapsed(values: dict[str, float]) -> bool:
         """Do logged diagnostics show a teacher that gives every image the same answer?"""
         # at random weights all are above 0.5 on images of people, with the recipes' temperatures;
-        # the limit is ours
-        return not all(values[name] > 1e-2
+        # the limit is ours. Where no patch is ever hidden, nothing of theirs can collapse.
+        return not all(values.get(name, 1.0) > 1e-2
                        for name in ("information", "patch_information", "feature_std"))
 
     def backbone_for_export(self) -> VisionTransformer:

@@ -46,7 +46,7 @@ class PersonViTRecipe:
     arch: str = option("vit_small", "backbone [PersonViT]", choices=VITS)
     size: tuple[int, int] = option((256, 128), "global crops [PersonViT]; local: half", 16, 4096)
     epochs: int = option(300, "passes over the images [notes on the paper]", 1, 9999)
-    batch: int = option(512, "images per step, of all processes [ours]", 1, 1e6)
+    batch: int = option(512, "images per step, of all processes [DINO for ReID]", 2, 1e6)
     lr: float = option(5e-4, "peak learning rate, times batch / 256 [iBOT]", 0, 1e3)
     min_lr: float = option(1e-6, "learning rate at the end [iBOT]", 0, 1e3)
     warmup: int = option(10, "epochs of linear warm-up from 0 [iBOT]", 0, 1e6)
@@ -76,8 +76,8 @@ class PersonViTRecipe:
 
 @dataclass(frozen=True)
 class UPReIDRecipe:
-    """UP-ReID pre-training on LUPerson: the published values of LUPerson's own MoCo v2 [LUP], which
-    UP-ReID extends, and this project's reading of what it adds [ours]."""
+    """UP-ReID pre-training on LUPerson: the published values of LUPerson's own MoCo v2 [LUP], on
+    which this project builds its reading of UP-ReID, and what that adds [ours]."""
 
     arch: str = option("resnet50", "backbone [PLIP]", choices=RESNETS)
     size: tuple[int, int] = option((256, 128), "height x width of the views [LUP]", 16, 4096)
@@ -96,6 +96,7 @@ class UPReIDRecipe:
     stripes: int = option(4, "M, horizontal stripes of an image [ours U3]", 2, 64)
     hardest: int = option(2, "most similar other stripes that count [ours U3]", 1, 63)
     groups: int = option(8, "parts of a batch with own batch norm [LUP: its GPUs]", 1, 1e4)
+    last_stride: int = option(2, "stride of the last ResNet stage [LUP]", choices=(1, 2))
     seed: int = option(0, "of everything random", 0, 2 ** 32 - 1)
     bf16: bool = option(False, "bfloat16 in the networks; on by default on a GPU")
 
@@ -110,7 +111,7 @@ LAPTOP = {
                       momentum=0.98, prototypes=1024, hidden=512, bottleneck=128,
                       norm_last_layer=True, teacher_temp=0.02, teacher_temp_end=0.02,
                       local_crops=4, local_scale=(0.1, 0.6)),
-    # with 512 keys and four times this learning rate one seed in three went flat, all queries alike
+    # with 512 keys and four times this learning rate one seed in three collapsed, all queries alike
     "upreid": dict(size=(128, 64), epochs=16, batch=64, momentum=0.99, queue=128, groups=4),
 }
 # thousands of images, one machine [ours]
@@ -176,7 +177,8 @@ def personvit(recipe: PersonViTRecipe, machine: Machine) -> Method:
 
     def losses(views: dict[str, Tensor], now: dict[str, float]) -> dict[str, Tensor]:
         # iBOT has a schedule each for [CLS] and patches; in its ViT-S command they are the same
-        return model(views, now["teacher_temp"], now["teacher_temp"], recipe.student_temp)
+        out = model(views, now["teacher_temp"], now["teacher_temp"], recipe.student_temp)
+        return out if recipe.masks else {k: v for k, v in out.items() if "patch" not in k}
 
     def finish_gradients(epoch: int) -> Tensor:
         norm = clip_each(model.parameters(), recipe.clip)
@@ -245,7 +247,7 @@ def upreid(recipe: UPReIDRecipe, machine: Machine) -> Method:
         print(f"WARNING: with --groups {recipe.groups} --accum {machine.accumulate} queries and "
               f"keys share batch statistics, by which the network may recognise the batch instead "
               f"of the person")
-    backbone = build_backbone(recipe.arch, last_stride=2)      # as in ImageNet training [LUP]
+    backbone = build_backbone(recipe.arch, last_stride=recipe.last_stride)
     model = UPReID(backbone, recipe.dim, recipe.queue, hardest=recipe.hardest,
                    temperature=recipe.temperature, temperature_global=recipe.temperature_global,
                    temperature_local=recipe.temperature_local, weight_global=recipe.weight_global,
@@ -291,14 +293,13 @@ def pretrain(recipe: PersonViTRecipe | UPReIDRecipe, dataset, run: Run, machine:
     """
     check_recipe(recipe)
     torch.manual_seed(recipe.seed)
-    if torch.device(machine.device).type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for the float32 products of the losses
     if recipe.batch % (machine.world * machine.accumulate):
         raise InputError(f"--batch {recipe.batch} cannot be shared evenly by {machine.world} "
                          f"processes x --accum {machine.accumulate}")
-    if machine.accumulate > 1 and recipe.batch < 2 * machine.world * machine.accumulate:
-        raise InputError(f"--accum {machine.accumulate} leaves one image for a pass, and nothing "
-                         f"to compare it with; use fewer passes")
+    if recipe.batch < 2 * machine.world * machine.accumulate:
+        raise InputError(f"--batch {recipe.batch} leaves one image, and nothing to compare it "
+                         f"with, for each of {machine.world} processes x --accum "
+                         f"{machine.accumulate}")
     if monitor and not (monitor.query and monitor.gallery):
         raise InputError(f"--monitor {monitor.name} has no query or no gallery images")
     sampler = ShuffleSampler(len(dataset.train), recipe.batch // machine.world, recipe.seed,
@@ -348,7 +349,8 @@ def pretrain(recipe: PersonViTRecipe | UPReIDRecipe, dataset, run: Run, machine:
             save_backbone(f"backbone_e{epoch:04d}.pth", epoch)
         if monitor and epoch % monitor_every == 0 and machine.rank == 0:
             result, _, _ = evaluate(model.backbone_for_export(), monitor, preprocessing(),
-                                    workers=machine.workers, device=machine.device)
+                                    workers=machine.workers, device=machine.device,
+                                    bf16=recipe.bf16)
             model.train()  # what is exported may be what is trained
             run.log(epoch=epoch, monitor=monitor.name, mAP=result.mAP, rank1=float(result.cmc[0]))
 

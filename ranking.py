@@ -56,36 +56,50 @@ class RankResult:
                 f"valid queries {self.valid}/{self.total}")
 
 
-class Gallery:
-    """Ids, cameras and image numbers of a gallery, sorted by id: an id's images are one slice."""
-
-    def __init__(self, pids, camids, images=None):
-        self.order = torch.argsort(as_ids(pids), stable=True)
-        self.pids = as_ids(pids)[self.order]
-        self.camids = as_ids(camids)[self.order]
-        self.images = None if images is None else as_ids(images)[self.order]
-
-    def split(self, q_pids: Tensor, q_camids: Tensor, q_images: Tensor | None):
-        """For B queries: columns (B, W) of the images with the query's id, W the largest number of
-        images that any of these ids has, and two masks (B, W): `match`, the right answers, and
-        `same`, all images of that id (the others are junk)."""
-        low = torch.searchsorted(self.pids, q_pids)
-        high = torch.searchsorted(self.pids, q_pids, right=True)
-        width = max(int((high - low).max()), 1)
-        place = low[:, None] + torch.arange(width)                           # (B, W)
-        same = place < high[:, None]
-        place = place.clamp(max=len(self.pids) - 1)
-        junk = self.camids[place] == q_camids[:, None]
-        if self.images is not None and q_images is not None:                 # a copy of the query
-            junk |= self.images[place] == q_images[:, None]
-        return self.order[place], same & ~junk, same
-
-
 def as_ids(values) -> Tensor:
     values = np.asarray(values)
     if values.size and values.dtype.kind not in "biu":
         raise InputError(f"ids, cameras and image numbers are integers, not {values.dtype}")
     return torch.as_tensor(values).long().flatten()
+
+
+class Labels:
+    """Ids, cameras and image numbers, 0 or more, of the n images of one side of a ranking, "query"
+    or "gallery": (n,) each. images=None: no two are the same file. Raises InputError if sizes
+    do not agree."""
+
+    def __init__(self, side: str, n: int, pids, camids, images=None):
+        self.pids, self.camids = as_ids(pids), as_ids(camids)
+        unlike = -1 if side == "query" else -2  # a query's number is then no gallery image's
+        self.images = torch.full((n,), unlike) if images is None else as_ids(images)
+        sizes = {"ids": self.pids, "cameras": self.camids, "image numbers": self.images}
+        wrong = [f"{len(values)} {name}" for name, values in sizes.items() if len(values) != n]
+        if n < 1 or wrong:
+            raise InputError(f"the {side} has " + " and ".join([f"{n} images", *wrong]))
+
+
+class Gallery:
+    """A gallery's labels, sorted by id: an id's images are one slice."""
+
+    def __init__(self, labels: Labels):
+        self.order = torch.argsort(labels.pids, stable=True)
+        self.pids, self.camids, self.images = (
+            x[self.order] for x in (labels.pids, labels.camids, labels.images))
+
+    def split(self, query: Labels, part: slice):
+        """For B queries: columns (B, W) of the images with the query's id, W the largest number of
+        images that any of these ids has, and two masks (B, W): `match`, the right answers, and
+        `same`, all images of that id (the others are junk)."""
+        pids = query.pids[part]                                              # (B,)
+        low = torch.searchsorted(self.pids, pids)
+        high = torch.searchsorted(self.pids, pids, right=True)
+        width = max(int((high - low).max()), 1)
+        place = low[:, None] + torch.arange(width)                           # (B, W)
+        same = place < high[:, None]
+        place = place.clamp(max=len(self.pids) - 1)
+        junk = ((self.camids[place] == query.camids[part, None]) |
+                (self.images[place] == query.images[part, None]))            # a copy of the query
+        return self.order[place], same & ~junk, same
 
 
 def count_before(dist: Tensor, columns: Tensor, match: Tensor, same: Tensor, tie: float) -> Tensor:
@@ -110,31 +124,13 @@ def count_before(dist: Tensor, columns: Tensor, match: Tensor, same: Tensor, tie
     return counts.cumsum(1)[:, :W] + torch.arange(W, device=dist.device)
 
 
-@dataclass
-class Labels:
-    """Ids, cameras and, if at hand, image numbers of one side of a ranking: (N,) each."""
-
-    pids: object
-    camids: object
-    images: object = None
-
-    def check(self, n: int, side: str) -> None:
-        sizes = {"ids": self.pids, "cameras": self.camids, "image numbers": self.images}
-        sizes = {name: len(values) for name, values in sizes.items() if values is not None}
-        if n < 1 or set(sizes.values()) != {n}:
-            raise InputError(f"the {side} has {n} images and " +
-                             ", ".join(f"{size} {name}" for name, size in sizes.items()))
-
-
 def accumulate(chunks, query: Labels, gallery: Labels, max_rank: int, ap: str,
                tie: float) -> RankResult:
     """CMC and mAP from an iterator of distance blocks (B, G) that covers the queries in order."""
     if ap not in ("step", "market") or max_rank < 1:
         raise InputError(f"ap is 'step' or 'market', max_rank at least 1; not {ap!r}, {max_rank}")
-    lookup = Gallery(gallery.pids, gallery.camids, gallery.images)
-    q_pids, q_camids = as_ids(query.pids), as_ids(query.camids)
-    q_images = None if query.images is None else as_ids(query.images)
-    total, start, cmc = len(q_pids), 0, torch.zeros(max_rank, dtype=torch.float64)
+    lookup = Gallery(gallery)
+    total, start, cmc = len(query.pids), 0, torch.zeros(max_rank, dtype=torch.float64)
     APs = {name: torch.full((total,), torch.nan, dtype=torch.float64)
            for name in ("step", "market")}
     for dist in chunks:
@@ -142,9 +138,7 @@ def accumulate(chunks, query: Labels, gallery: Labels, max_rank: int, ap: str,
         start += len(dist)
         if not torch.stack(dist.aminmax()).isfinite().all():  # NaN is its own minimum
             raise InputError("distances hold NaN or infinity: a ranking of them means nothing")
-        split = lookup.split(q_pids[part], q_camids[part],
-                             None if q_images is None else q_images[part])
-        columns, match, same = (t.to(dist.device) for t in split)
+        columns, match, same = (t.to(dist.device) for t in lookup.split(query, part))
         rank = count_before(dist, columns, match, same, tie).cpu()           # (B, W)
         R = match.sum(1).cpu()                                               # (B,) right answers
         j = torch.arange(rank.shape[1])
@@ -158,7 +152,7 @@ def accumulate(chunks, query: Labels, gallery: Labels, max_rank: int, ap: str,
         cmc += torch.bincount(first[first < max_rank], minlength=max_rank)
     valid = int((~APs["step"].isnan()).sum())
     if not valid:
-        raise InputError(explain_no_valid(q_pids, lookup))
+        raise InputError(explain_no_valid(query.pids, lookup))
     mAPs = {name: float(values.nanmean()) for name, values in APs.items()}
     return RankResult((cmc.cumsum(0) / valid).numpy(), mAPs[ap], valid, total, ap, mAPs,
                       APs[ap].numpy())
@@ -196,9 +190,8 @@ def cmc_map(distmat, q_pids, g_pids, q_camids, g_camids, max_rank: int = 50, ap:
     if dist.ndim != 2:
         raise InputError(f"distances are a matrix (queries, gallery), "
                          f"not of shape {tuple(dist.shape)}")
-    query, gallery = Labels(q_pids, q_camids, q_images), Labels(g_pids, g_camids, g_images)
-    query.check(len(dist), "query")
-    gallery.check(dist.shape[1], "gallery")
+    query = Labels("query", len(dist), q_pids, q_camids, q_images)
+    gallery = Labels("gallery", dist.shape[1], g_pids, g_camids, g_images)
     chunks = (block.clone() for block in dist.split(256))
     return accumulate(chunks, query, gallery, max_rank, ap, tie=0.0)
 
@@ -213,17 +206,17 @@ def rank_features(q_feats, q_pids, q_camids, g_feats, g_pids, g_camids, max_rank
     are ties. Raises InputError as `cmc_map` does, and for features that are not of length 1.
     """
     q_feats, g_feats = (torch.as_tensor(f).detach().float() for f in (q_feats, g_feats))
-    query, gallery = Labels(q_pids, q_camids, q_images), Labels(g_pids, g_camids, g_images)
-    for feats, labels, side in ((q_feats, query, "query"), (g_feats, gallery, "gallery")):
+    for feats, side in ((q_feats, "query"), (g_feats, "gallery")):
         if feats.ndim != 2 or feats.shape[1] != q_feats.shape[-1]:
             raise InputError(f"{side} features of shape {tuple(feats.shape)} "
                              f"beside query features of shape {tuple(q_feats.shape)}")
-        labels.check(len(feats), side)
         if not feats.isfinite().all():
             raise InputError(f"{side} features hold NaN or infinity: "
                              f"a ranking of them means nothing")
         if (feats.norm(dim=1) - 1).abs().max() > 1e-3:
             raise InputError(f"{side} features are not of length 1; L2-normalise them first")
+    query = Labels("query", len(q_feats), q_pids, q_camids, q_images)
+    gallery = Labels("gallery", len(g_feats), g_pids, g_camids, g_images)
     chunks = (reranked_chunks(q_feats, g_feats, 20, 6, 0.3) if rerank else
               ((-q) @ g_feats.T for q in q_feats.split(chunk)))
     return accumulate(chunks, query, gallery, max_rank, ap, tie=TIE)

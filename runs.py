@@ -37,7 +37,7 @@ except ImportError:  # Windows
     fcntl = None
 
 from augment import step_generator
-from data import Images, InputError, closest, write_atomic
+from data import Images, InputError, closest, cores, write_atomic
 from evaluate import quiet_worker
 from personvit import gathered_mean
 from upreid import gathered, part_of, world_size
@@ -85,7 +85,7 @@ RUN_FILES = ("recipe.json", "log.jsonl", CHECKPOINT, "model.pth", "backbone.pth"
 
 
 class Run:
-    """A folder that holds one run. Opening it only looks; `begin` writes, once all is in order.
+    """A folder that holds one run. Opening it makes it and looks; `begin` writes, all in order.
 
     Raises InputError for a folder that cannot be written, that holds another recipe, or files that
     are no run's, unless `overwrite` allows to start over. Of several processes the first writes.
@@ -151,6 +151,8 @@ class Run:
             if not locked(handle):
                 raise InputError(f"another process is training in {self.folder}; wait for it, or "
                                  f"choose another folder with --out")
+            if not self.overwrite and (self.folder / "recipe.json").exists():
+                self.compare()  # another process may have trained here while this one waited
             # with --overwrite everything; else the half-written files of a process that was killed
             for path in self.files("" if self.overwrite else ".*.partial"):
                 path.unlink()
@@ -298,12 +300,9 @@ class Machine:
 
 
 def default_threads() -> int:
-    """Threads of a process for sums on a CPU: its cores, shared with torchrun's others here, at
-    most 8. Never left to OMP_NUM_THREADS: each number of threads rounds sums in its own way."""
-    able = hasattr(os, "sched_getaffinity")  # else: macOS, Windows
-    cores = len(os.sched_getaffinity(0)) if able else os.cpu_count() or 1
-    here = os.environ.get("LOCAL_WORLD_SIZE", "")
-    return max(1, min(cores // max(int(here) if here.isdecimal() else 1, 1), 8))
+    """Threads of a process for sums on a CPU: its cores, at most 8. Never left to OMP_NUM_THREADS:
+    each number of threads rounds sums in its own way."""
+    return min(cores(), 8)
 
 
 @contextlib.contextmanager
@@ -340,13 +339,8 @@ def processes(machine: Machine):
         dist.destroy_process_group()
 
 
-def together() -> bool:
-    """Are there several processes?"""
-    return dist.is_available() and dist.is_initialized()
-
-
 def wait_for_all() -> None:
-    if together():
+    if world_size() > 1:
         dist.barrier()
 
 
@@ -362,7 +356,7 @@ def first_then_others(rank: int, action):
 
 def anyone(flag: bool) -> bool:
     """Does any process say so? They must stop after the same step."""
-    if not together():
+    if world_size() == 1:
         return flag
     flags = torch.tensor(int(flag))  # on the CPU: a GPU is not kept waiting
     dist.all_reduce(flags, dist.ReduceOp.MAX)
@@ -372,7 +366,7 @@ def anyone(flag: bool) -> bool:
 def everyones(mine) -> list:
     """The same thing of each process, in their order."""
     parts = [mine]
-    if together():
+    if world_size() > 1:
         parts = [None] * dist.get_world_size()
         dist.all_gather_object(parts, mine)
     return parts
@@ -394,7 +388,7 @@ def average_gradients(parameters) -> None:
     One message after the backward pass. DistributedDataParallel would send while it still runs, at
     the price of a wrapper around the model; ViT-S with its head has 29 million numbers to send.
     """
-    if together():
+    if world_size() > 1:
         grads = [p.grad for p in parameters if p.grad is not None]
         flat = torch.cat([g.flatten() for g in grads])
         dist.all_reduce(flat)
@@ -422,7 +416,7 @@ def all_rows(x: Tensor) -> Tensor:
     of weights must be summed over processes. `average_gradients` takes their mean; multiplying
     here makes it the sum.
     """
-    return AllRows.apply(x) if together() else x
+    return AllRows.apply(x) if world_size() > 1 else x
 
 
 class MeanOverAll(torch.autograd.Function):
@@ -445,7 +439,7 @@ class SharedBatchNorm(torch.nn.BatchNorm2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.training and together()):
+        if not (self.training and world_size() > 1):
             return super().forward(x)
         dims, x32 = (0, 2, 3), x.to(torch.promote_types(x.dtype, torch.float32))
         mean = MeanOverAll.apply(x32.mean(dims, keepdim=True))               # (1, C, 1, 1)
@@ -462,7 +456,7 @@ class SharedBatchNorm(torch.nn.BatchNorm2d):
 def share_batch_norms(net: torch.nn.Module) -> None:
     """Let several processes normalise as one; parameters and names stay."""
     for module in net.modules():
-        if together() and isinstance(module, torch.nn.BatchNorm2d):
+        if world_size() > 1 and isinstance(module, torch.nn.BatchNorm2d):
             module.__class__ = SharedBatchNorm
 
 
@@ -521,9 +515,9 @@ def loop(run: Run, images: Images, sampler, recipe, parts: dict, take_step, mach
             done = step + 1
             logs, saves = (done % n == 0 or done == last for n in (machine.log_every,
                                                                    machine.save_every))
-            if logs or saves or machine.device == "cpu":  # on a GPU, looking costs time
-                check_finite(meter.sums["total"] + meter.sums.get("grad_norm", 0), step, run)
             stopping = anyone(bool(stop))
+            if logs or saves or stopping or machine.device == "cpu":  # on a GPU, looking costs time
+                check_finite(meter.sums["total"] + meter.sums.get("grad_norm", 0), step, run)
             if logs or saves or stopping:
                 bad = set().union(*everyones(bad))
                 check_broken(bad, images.records)
@@ -533,7 +527,8 @@ def loop(run: Run, images: Images, sampler, recipe, parts: dict, take_step, mach
                 run.log(epoch=step // len(sampler) + 1, step=done, steps=last, **values,
                         broken_images=len(bad), **flag)
             if after_epoch and done % len(sampler) == 0:
-                after_epoch(done // len(sampler))
+                with meter.paused():
+                    after_epoch(done // len(sampler))
             if saves or stopping:
                 run.seconds, start = run.seconds + time.perf_counter() - start, time.perf_counter()
                 run.save_checkpoint(done, {"bad": sorted(bad), "log_size": run.log_size(),
@@ -545,10 +540,10 @@ def loop(run: Run, images: Images, sampler, recipe, parts: dict, take_step, mach
                          f"{run.checkpoints()[0]} holds it; the same command, without "
                          f"--overwrite, goes on from there")
         try:
-            if anyone(bool(stop)):  # all processes or none: they evaluate together
-                raise KeyboardInterrupt
             for number in (signal.SIGINT, signal.SIGTERM):  # all is saved: no stop need wait now
                 signal.signal(number, signal.default_int_handler)
+            if anyone(bool(stop)):  # all processes or none: they evaluate together
+                raise KeyboardInterrupt
             if finish:
                 finish()
         except KeyboardInterrupt:
@@ -591,6 +586,13 @@ class Meter:
 
     def load_state_dict(self, state: dict) -> None:
         self.sums, self.steps = dict(state["sums"]), int(state["steps"])
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Leave out of img_s, wait and left what is no training."""
+        start = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - start
 
     def waiting(self, loader):
         """Pass batches through, counting the time the loop stands still for each."""

@@ -161,7 +161,10 @@ def check(rows: list[Row], dataset, machine: Machine) -> None:
 def study(name: str, dataset, seeds: list[int], given: dict, out: Path, overwrite: bool,
           machine: Machine) -> None:
     """All rows of a study over all seeds, a table after each seed, a picture at the end."""
-    start, table = time.perf_counter(), {}
+    start, table, pictures = time.perf_counter(), {}, (out / f"{name}.png", out / "ranks.png")
+    if any(p.exists() for p in pictures) and not overwrite and not any(out.glob("*/recipe.json")):
+        raise InputError(f"{out} is no study's folder, and {' or '.join(p.name for p in pictures)} "
+                         f"in it would be replaced; choose another with --out")
     for seed in seeds:
         check(STUDIES[name](dataset, seed, given), dataset, machine)
     if name == "demo":
@@ -175,14 +178,13 @@ def study(name: str, dataset, seeds: list[int], given: dict, out: Path, overwrit
     groups: dict = {}
     for (group, origin), results in table.items():
         groups.setdefault(group, {})[origin] = [100 * r["mAP"] for r in results]
-    draw_dots(out / f"{name}.png", f"{name} on {dataset.name}: mAP in % of each seed, and the mean",
-              groups)
-    print(f"\npicture in {out / name}.png; {(time.perf_counter() - start) / 60:.1f} minutes")
+    draw_dots(pictures[0], f"{name} on {dataset.name}: mAP in % of each seed, and the mean", groups)
+    print(f"\npicture in {pictures[0]}; {(time.perf_counter() - start) / 60:.1f} minutes")
     if name == "demo":
         best, (_, folder) = max(done.items(), key=lambda item: item[1][0]["mAP"])
         model, recipe = load_model(str(folder / "model.pth"))
-        draw_ranks(out / "ranks.png", dataset, *evaluate(model, dataset, recipe, workers=0))
-        print(f"rank list of {', '.join(best)} in {out / 'ranks.png'}")
+        draw_ranks(pictures[1], dataset, *evaluate(model, dataset, recipe, workers=0))
+        print(f"rank list of {', '.join(best)} in {pictures[1]}")
 
 
 def untrained(dataset, machine: Machine) -> dict:

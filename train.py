@@ -19,7 +19,6 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from augment import IMAGENET_MEAN, IMAGENET_STD, FineTuneTransform
-from data import (NAMES, Images, InputError, PKSampler, command_line, load_dataset,
+from data import (NAMES, Images, InputError, PKSampler, command_line, cores, load_dataset,
                   some_identities)
 from evaluate import device_name, evaluate, similarity_ranges
 from pretrain import LAPTOP_ARCHS, RECIPES, pretrain, pretrain_recipe_for
@@ -224,10 +223,10 @@ def fine_tune_and_evaluate(recipe: Recipe, dataset, out, overwrite: bool = False
                            weights: str | None = None, machine: Machine = Machine()):
     """One whole run: train, save model.pth, evaluate, save results.json; what that file holds, or
     None without queries. A run that was finished before is not run again."""
-    nameless = [r.path for r in dataset.train[:1_000_000] if r.pid < 0]
+    nameless = next((r.path for r in dataset.train if r.pid < 0), None)
     if nameless:
         raise InputError(f"{dataset.name} has training images without identity, first "
-                         f"{nameless[0]}; fine-tuning needs names like 0002_c1, unlabelled crops "
+                         f"{nameless}; fine-tuning needs names like 0002_c1, unlabelled crops "
                          f"serve --pretrain")
     if weights and overwrite and Path(weights).resolve().parent == Path(out).resolve():
         raise InputError(f"--overwrite would delete {weights}; choose another folder with --out")
@@ -245,7 +244,6 @@ def fine_tune_and_evaluate(recipe: Recipe, dataset, out, overwrite: bool = False
         stored = dataclasses.asdict(recipe) | {"mean": list(mean), "std": list(std),
                                                "dataset": dataset.name}
         run.save("model.pth", {"format": "reid-model", "recipe": stored,
-                               "num_ids": model.classifier.out_features,
                                "model": model.state_dict()})
         print(f"saved {run.folder}/model.pth; training took {run.seconds / 60:.1f} minutes")
         if not dataset.query:
@@ -297,7 +295,7 @@ def make_parser(recipe_class=Recipe) -> argparse.ArgumentParser:
     """All flags: those of every run, and a flag for each field of the recipe."""
     parser = argparse.ArgumentParser(
         description="Train on one dataset. Without --pretrain: fine-tune for ReID, evaluate, save.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("--dataset", default="synthetic", metavar="NAME",
         help=f"{', '.join(NAMES)} or the path of any folder")
@@ -310,7 +308,7 @@ def make_parser(recipe_class=Recipe) -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="start over in a used run folder")
     add("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu or cuda")
-    add("--workers", type=int, default=min(os.cpu_count() or 1, 8), help="decoding processes")
+    add("--workers", type=int, default=min(cores(), 8), help="decoding processes")
     add("--threads", type=int, default=default_threads(), help="of each process, for a CPU's sums")
     add("--save-every", type=int, default=500, metavar="STEPS", help="checkpoint interval")
     add("--checkpoints", type=int, default=2, metavar="N", help="how many of them are kept")
@@ -376,8 +374,9 @@ def main(argv: list[str] | None = None) -> None:
             run = open_run(out, recipe, dataset, args.overwrite, machine, pretrain=args.pretrain)
             pretrain(recipe, dataset, run, machine, args.keep_every, monitor, args.monitor_every)
             labelled = args.dataset if dataset.query else "market1501"
+            root = "" if args.data_root == "data" else f" --data-root {args.data_root}"
             print(f"saved {run.folder}/backbone.pth; fine-tune it with: python train.py --dataset "
-                  f"{labelled} --arch {recipe.arch} --weights {run.folder}/backbone.pth")
+                  f"{labelled}{root} --arch {recipe.arch} --weights {run.folder}/backbone.pth")
             return
         fine_tune_and_evaluate(recipe, dataset, out, args.overwrite,
                                getattr(args, "weights", None), machine)

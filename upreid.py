@@ -10,7 +10,7 @@ are this project's reading, tagged [ours]. They extend LUPerson's MoCo v2, which
     x1, x2     two augmentations of x                                (B, 3, H, W)
     q          = f(x1), by the online encoder                        (B, d)           unit vectors
     k, o       = g(x2), g(x), by the momentum encoder, no gradient   (B, d)
-    queue      keys of past batches: other images                    (K, d)
+    queue      keys of past batches, at first random vectors         (K, d)
     a, b       = f, g of M stripes of x, augmented twice; own head   (B, M, d)
     D, d       width of the ResNet's feature, and of its projection (128)
     L_con      find k among the queue by q                           info_nce             [ours U1]
@@ -82,9 +82,10 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """Residual network for person images; forward maps (B, 3, H, W) to one feature (B, embed_dim).
 
-    depths: blocks in each of the four stages. width: channels of the stem; stage s has
-    4 * width * 2^s. last_stride: 1 keeps the last map at H/16 x W/16 instead of H/32 x W/32; the
-    finer map costs no parameters, and details of clothing survive [BoT]. Source: He et al. 2016.
+    depths: blocks in each of the four stages. width: channels of the stem; the stages have 4, 8,
+    16 and 32 times as many. last_stride: 1 keeps the last map at H/16 x W/16 instead of H/32 x
+    W/32; the finer map costs no parameters, and details of clothing survive [BoT]. Source: He et
+    al. 2016.
     """
 
     def __init__(self, depths: tuple[int, ...] = (3, 4, 6, 3), width: int = 64,
@@ -161,6 +162,7 @@ def global_consistency(q: Tensor, o: Tensor, queue: Tensor, temperature: float) 
     R = softmax(o.n_i / T) over the queue, L = mean of (KL(P||R) + KL(R||P)) / 2.
     """
     log_p = (q @ queue.T / temperature).log_softmax(1)                       # (B, K)
+    # o comes without a gradient; detached all the same, so that this function is right by itself
     log_r = (o.detach() @ queue.T / temperature).log_softmax(1)              # (B, K)
     # KL(P||R) + KL(R||P) = sum P (log P - log R) + R (log R - log P)
     return ((log_p.exp() - log_r.exp()) * (log_p - log_r)).sum(1).mean() / 2
@@ -205,10 +207,11 @@ class UPReID(nn.Module):
 
     backbone: the online ResNet; the momentum encoder starts as its copy and follows it. dim d,
     queue_size K [LUP]. Temperatures and weights are of the losses above (sources: `UPReIDRecipe`);
-    a loss of weight 0 is not computed. hardest: see `intrinsic_contrast`. groups: parts of a
-    process's batch with batch statistics of their own; 2 is the least that does not leak (see
-    `encode_keys`), the recipe has 8. shuffle=False lets the statistics leak, for the tests.
-    forward raises ValueError for a batch that cannot be cut into groups.
+    a loss of weight 0 is not computed. hardest: see `intrinsic_contrast`. groups: parts of
+    this process's batch with batch statistics of their own; of G in all processes, query and key
+    share about 1 / G of the images, so one in all would leak (see `encode_keys`). shuffle=False
+    lets the statistics leak, for the tests. forward raises ValueError for a batch that cannot be
+    cut into groups.
     """
 
     def __init__(self, backbone: ResNet, dim: int = 128, queue_size: int = 65536,
@@ -267,19 +270,20 @@ class UPReID(nn.Module):
 
         Were q and k of an image normalised by the same batch's statistics, the network could
         recognise the batch instead of the person: the queue comes from other batches, the positive
-        never does. So the groups of keys are others than those of queries [MoCo: "shuffling BN"].
-        Write the n images row by row into a table with a column per group (of all processes): a
-        group of queries is a run of rows, a group of keys a column, and of its images it shares
-        one in `groups` with each. Unlike MoCo's, the keys' statistics include the originals.
+        never does. So keys are grouped differently from queries [MoCo: "shuffling BN"]. Write the
+        n images row by row into a table with G columns, one per group of all processes: n / G
+        successive images are a group of queries, a column is a group of keys. Any two have about
+        one in G of their images in common (exactly, where G^2 divides n). Unlike MoCo's, the keys'
+        statistics include the originals.
         """
         names = ("second", "original") if self.weight_global else ("second",)
         images = torch.stack([views[name] for name in names], dim=1)  # (B, 1 or 2, 3, H, W)
         images = gathered(images)                 # (n, 1 or 2, 3, H, W), n = B x processes
-        order = torch.arange(len(images), device=images.device)
+        order = torch.arange(len(images), device=images.device)                # (n,)
         if self.shuffle:
             order = order.unflatten(0, (-1, world_size() * self.groups)).T.flatten()
         mine = images[part_of(order)]                             # (B, 1 or 2, 3, H, W)
-        features = grouped(self.momentum["backbone"], mine, self.groups)
+        features = grouped(self.momentum["backbone"], mine, self.groups)       # (B, 1 or 2, D)
         keys = gathered(self.project(self.momentum, "head", features))         # (n, 1 or 2, d)
         keys = keys[part_of(order.argsort())]     # the inverse permutation:     (B, 1 or 2, d)
         return keys[:, 0], keys[:, 1] if self.weight_global else None
@@ -288,10 +292,11 @@ class UPReID(nn.Module):
         """a and b: all stripes of all images, in one forward of each encoder."""
         # no shuffling: positive and negatives are of one image, their statistics tell nothing
         a = grouped(self.online["backbone"], views["stripes1"], self.groups)   # (B, M, D)
+        a = self.project(self.online, "stripe_head", a)                        # (B, M, d)
         with torch.no_grad():
             b = grouped(self.momentum["backbone"], views["stripes2"], self.groups)
-            b = self.project(self.momentum, "stripe_head", b)
-        return self.project(self.online, "stripe_head", a), b                  # (B, M, d) each
+            b = self.project(self.momentum, "stripe_head", b)                  # (B, M, d)
+        return a, b
 
     @torch.no_grad()
     def enqueue(self, k: Tensor) -> None:

@@ -93,7 +93,7 @@ class WeightsFile:
     """A file of weights, read: the backbone's tensors under plain names, and what else it says."""
 
     path: str
-    kind: str                                    # in words, for people
+    kind: str                                    # of KINDS
     state: dict[str, Tensor]                     # of the backbone
     head: dict[str, Tensor]                      # of BNNeck and classifier, if fine-tuned
     dropped: list[str]                           # what belongs to neither
@@ -114,7 +114,7 @@ class WeightsFile:
         """
         if "mean" in self.recipe:
             return tuple(self.recipe["mean"]), tuple(self.recipe["std"])
-        timm = "head.weight" in self.dropped and self.kind == "bare backbone"
+        timm = "head.weight" in self.dropped and self.kind == "bare"
         half = timm or self.head and self.arch.startswith("vit")
         return ((0.5,) * 3, (0.5,) * 3) if half else (IMAGENET_MEAN, IMAGENET_STD)
 
@@ -246,22 +246,31 @@ def check_reading(path: str, recipe: dict) -> None:
                          f"sense; nothing was loaded")
 
 
+KINDS = {
+    "reid-model": "fine-tuned model of this project",
+    "reid-backbone": "pre-trained backbone of this project",
+    "reid-checkpoint": "training state of this project",
+    "ibot_loss": "iBOT's training state, as PersonViT's pre-training has it: the teacher counts",
+    "dino_loss": "DINO's training state: the teacher counts",
+    "moco": "MoCo's or LUPerson's training state: the query encoder counts",
+    "transreid": "fine-tuned model of TransReID or PersonViT",
+    "bare": "bare backbone",
+    "wrapped": "backbone in a wrapper"}
+
+
 def kind_of(content: dict, inner: dict, head: dict) -> str:
-    """In words; only for people."""
-    known = {"reid-model": "fine-tuned model of this project",
-             "reid-backbone": "pre-trained backbone of this project",
-             "reid-checkpoint": "training state of this project"}
-    if str(content.get("format")) in known:
-        return known[str(content["format"])]
-    for key, name in (("ibot_loss", "iBOT's training state, as PersonViT's pre-training has it"),
-                      ("dino_loss", "DINO's training state")):
+    """The key in KINDS."""
+    own = str(content.get("format"))
+    if own.startswith("reid-") and own in KINDS:
+        return own
+    for key in ("ibot_loss", "dino_loss"):
         if key in content:
-            return f"{name}, of which the teacher counts"
+            return key
     if any(str(k).removeprefix("module.").startswith("encoder_q.") for k in inner):
-        return "MoCo's or LUPerson's training state, of which the query encoder counts"
+        return "moco"
     if head:
-        return "fine-tuned model of TransReID or PersonViT"
-    return "bare backbone" if inner is content else "backbone in a wrapper"
+        return "transreid"
+    return "bare" if inner is content else "wrapped"
 
 
 def arch_of(state: dict[str, Tensor]) -> str:
@@ -347,7 +356,8 @@ def fill(file: WeightsFile, backbone: nn.Module, use_head: bool = False) -> str:
     backbone.load_state_dict(state, strict=False)
     dropped = file.dropped if use_head else [*file.head, *file.dropped]
     head = " and the BNNeck" if use_head and file.head else ""
-    return (f"{file.path}: {file.kind}; {len(own)}/{len(own)} backbone weights{head} loaded, "
+    return (f"{file.path}: {KINDS[file.kind]}; "
+            f"{len(own)}/{len(own)} backbone weights{head} loaded, "
             f"resized: {resized}, dropped: {len(dropped)}"
             f"{' (' + ', '.join(dropped[:3]) + ')' if dropped else ''}")
 
@@ -361,10 +371,10 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict]:
     file = read_file(path)
     if not file.arch:
         raise InputError(f"{path}: its backbone is none of {', '.join(ARCHS)}; nothing was loaded")
-    if "training state of this project" in file.kind:
+    if file.kind == "reid-checkpoint":
         raise InputError(f"{path}: a training state does not say how images enter; evaluate the "
                          f"model.pth or backbone.pth beside it")
-    if "fine-tuned model of this project" in file.kind and not {"size", "mean"} <= set(file.recipe):
+    if file.kind == "reid-model" and not {"size", "mean"} <= set(file.recipe):
         raise InputError(f"{path}: damaged, its recipe is missing")
     mean, std = file.statistics
     recipe = {"arch": file.arch, "size": file.size or (256, 128), "neck_feat": "none"}
@@ -391,7 +401,7 @@ def inspect(path: str | Path) -> str:
     file = read_file(path)
     count = sum(v.numel() for v in file.state.values())
     arch = file.arch or "none of " + ", ".join(ARCHS)
-    lines = [f"{path}: {file.kind}",
+    lines = [f"{path}: {KINDS[file.kind]}",
              f"  backbone  {arch}, {len(file.state)} tensors, {count:,} numbers"]
     if file.grid:
         sure = "as the file says" if "size" in file.recipe else "inferred from their number"

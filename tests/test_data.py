@@ -81,7 +81,12 @@ def test_msmt17(tmp_path, capsys, folder, dirs, version):
     assert version in capsys.readouterr().out
     assert len(load_dataset("msmt17", tmp_path, train_only=True).train) == 6
     assert "train only" in capsys.readouterr().out
+    other = ("mask_train_v2", "mask_test_v2") if version == "V1" else ("train", "test")
+    msmt17_tree(tmp_path / "other", *other)                  # V1 and V2 have the same names
+    assert load_dataset("msmt17", tmp_path / "other").fingerprint() != dataset.fingerprint()
     listing = tmp_path / folder / "list_query.txt"
+    listing.write_text(listing.read_text() + "\n\n", encoding="utf-8-sig")   # edited under Windows
+    assert load_dataset("msmt17", tmp_path).query == dataset.query
     for text, words in (("0000/../../0001_1_02_3.jpg 1\n", "leaves the data folder"), ("a b c\n", "line 1: .a b c. does not read"), ("", "empty"), ("a_1_00_3.jpg 4\n", "third field"),
                         ("0000/0009_1_02_3.jpg 4\n", "missing"), ("a.jpg one\n", "line 1")):
         listing.write_text(text)
@@ -113,7 +118,7 @@ def test_folder_with_and_without_cameras(tmp_path, capsys):
     write_image(tmp_path / "a" / "query" / "-1_junk.jpg")
     dataset = load_dataset("folder", tmp_path / "a")
     assert not dataset.has_cameras and len(dataset.query) == 5
-    assert "2 of 38 names without cameras, first -1_junk.jpg" in capsys.readouterr().out
+    assert "WARNING: 2 of 38 names without cameras, first -1_junk.jpg" in capsys.readouterr().out
     for name in ("x.jpg", "y.jpg"):
         write_image(tmp_path / "d" / name)
     load_dataset("folder", tmp_path / "d")
@@ -123,9 +128,41 @@ def test_folder_with_and_without_cameras(tmp_path, capsys):
 def test_synthetic_never_takes_another_set_for_its_own(tmp_path, monkeypatch):
     market_tree(tmp_path / "market")
     monkeypatch.setattr("data.make_synthetic", lambda folder: market_tree(folder, ids=2))
+    (tmp_path / "market" / "synthetic").mkdir()              # an empty folder is none
     for root in ("market", "market/synthetic", "market"):
         assert load_dataset("synthetic", tmp_path / root).root == tmp_path / "market" / "synthetic"
     assert len({r.pid for r in load_dataset("synthetic", tmp_path / "market").query}) == 2
+
+
+def test_two_processes_may_draw_the_synthetic_people_at_once(tmp_path, monkeypatch):
+    def slower(folder):
+        market_tree(folder, ids=2)                           # the other one was faster
+        raise OSError(39, "Directory not empty")
+
+    monkeypatch.setattr("data.make_synthetic", slower)
+    assert len({r.pid for r in load_dataset("synthetic", tmp_path).query}) == 2
+    monkeypatch.setattr("data.make_synthetic", lambda folder: open(tmp_path / "nothing"))
+    with pytest.raises(FileNotFoundError):
+        load_dataset("synthetic", tmp_path / "elsewhere")
+
+
+def test_files_that_systems_leave_behind_change_nothing(tmp_path):
+    root = market_tree(tmp_path / "market1501")
+    before = load_dataset("market1501", tmp_path)
+    for name in ("._0001_c1s1_000001_00.jpg", ".DS_Store", "Thumbs.db"):     # macOS, Windows
+        (root / "query" / name).write_bytes(b"x")
+    (tmp_path / "query").mkdir()                             # a folder of this name makes no set
+    assert load_dataset("market1501", tmp_path) == before
+    assert load_dataset(str(root)).has_cameras
+
+
+def test_fingerprint_is_of_all_images_wherever_they_lie(tmp_path):
+    for copy in ("a", "b"):
+        market_tree(tmp_path / copy / "market1501")
+    first, same = (load_dataset("market1501", tmp_path / copy) for copy in ("a", "b"))
+    assert first.fingerprint() == same.fingerprint()
+    next((same.root / "bounding_box_test").glob("0001*")).unlink()           # a gallery that is not whole
+    assert load_dataset("market1501", same.root).fingerprint() != first.fingerprint()
 
 
 def test_luperson_tree_and_list(tmp_path, capsys):
@@ -147,6 +184,8 @@ def test_luperson_tree_and_list(tmp_path, capsys):
         (tmp_path / "some.txt").write_text(text)
         listed = load_dataset(str(tmp_path / "some.txt")).train
         assert len(listed) == 2 and listed[0].path == first.train[1].path
+    (tmp_path / "some.txt").write_text("luperson/images/00/1.jpg\n", encoding="utf-8-sig")  # by Windows' Notepad
+    assert [r.path for r in load_dataset(str(tmp_path / "some.txt")).train] == [first.train[1].path]
     prints = set()
     for text in ("a.jpg\nb.jpg\n", "b.jpg\na.jpg\n", "a.jpg\nc.jpg\n"):      # other images, or in another order
         (tmp_path / "some.txt").write_text(text)
@@ -155,7 +194,7 @@ def test_luperson_tree_and_list(tmp_path, capsys):
     assert isinstance(load_dataset(str(tmp_path / "luperson")).train, PathList)  # by its path: not a Record for each
     (tmp_path / "some.txt").write_text("\n\na.jpg\n\n b.jpg\n\n")
     listed = load_dataset(str(tmp_path / "some.txt")).train
-    assert [os.path.basename(r.path) for r in listed[:9]] == ["a.jpg", " b.jpg"]  # blank lines are none
+    assert [os.path.basename(r.path) for r in listed] == ["a.jpg", " b.jpg"]  # blank lines are none
     (tmp_path / "some.txt").write_text(" /etc/passwd\n")     # a relative path that begins with a blank
     assert load_dataset(str(tmp_path / "some.txt")).train[0].path.startswith(str(tmp_path))
     with pytest.raises(InputError, match="neither a folder of crops nor a .txt"):
@@ -171,7 +210,7 @@ def test_luperson_tree_and_list(tmp_path, capsys):
 
 def test_bad_datasets_get_one_clear_line(tmp_path):
     for name, words in (("markt1501", "did you mean market1501"), ("msmt", "did you mean msmt17"),
-                        ("xyz", "cuhk03-np.*market1501"), ("market1501", "Ask for it at: its authors' page"),
+                        ("xyz", "cuhk03-np.*market1501"), ("market1501", "below it. Ask its authors"),
                         ("dukemtmc-reid", "withdrawn in 2019"), ("luperson", "DengpanFu/LUPerson")):
         with pytest.raises(InputError, match=words) as caught:
             load_dataset(name, tmp_path / "nothing")
@@ -179,7 +218,7 @@ def test_bad_datasets_get_one_clear_line(tmp_path):
     root = market_tree(tmp_path / "market1501")
     for i in range(4):
         write_image(root / "query" / f"zebra{i}.jpg")
-    with pytest.raises(InputError, match="4 of 8 names.*zebra0.jpg.*zebra1.jpg.*zebra2.jpg;"):
+    with pytest.raises(InputError, match="4 of 8 names.*zebra0.jpg.*zebra1.jpg.*zebra2.jpg; take them out"):
         load_dataset("market1501", root)
     for p in (root / "query").iterdir():
         p.unlink()
@@ -197,7 +236,8 @@ def test_command_line(tmp_path):
     market_tree(tmp_path / "market1501")
     done = run("--dataset", "market1501", "--data-root", tmp_path)
     assert done.returncode == 0 and "16 images" in done.stdout
-    assert run().returncode == 2
+    done = run()
+    assert done.returncode == 2 and "nothing to do" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["market1501", "luperson", "folder"])

@@ -27,7 +27,7 @@ def weights(tmp_path):
               "last_stride": 1}
     folder = tmp_path / "run"
     folder.mkdir()
-    torch.save({"format": "reid-model", "recipe": recipe, "num_ids": 5, "model": model.state_dict()}, folder / "model.pth")
+    torch.save({"format": "reid-model", "recipe": recipe, "model": model.state_dict()}, folder / "model.pth")
     (folder / "results.json").write_text(json.dumps({"similarity": {"same": [0.5, 0.7, 0.9], "other": [-0.1, 0.1, 0.4]},
                                                      "cmc": [0.5, 0.75, 0.875]}))
     return folder / "model.pth"
@@ -74,6 +74,19 @@ def test_broken_photos_are_listed_and_left_out_on_request_only(weights, photos, 
     assert "left out" in out and "empty.png" in out and len(np.load(tmp_path / "a.npz")["paths"]) == 19
     with pytest.raises(InputError, match="no such folder"):
         run("--extract", photos / "absent", "-o", tmp_path / "b.npz", "--weights", weights)
+
+
+@pytest.mark.parametrize("trained, flags, used", [(True, [], True), (False, [], False), (None, [], False),
+                                                  (True, ["--no-bf16"], False), (False, ["--bf16"], True)])
+def test_evaluated_in_the_precision_it_was_trained_in(weights, photos, monkeypatch, trained, flags, used):
+    content = torch.load(weights)
+    if trained is not None:
+        content["recipe"]["bf16"] = trained
+    torch.save(content, weights)
+    seen = []
+    monkeypatch.setattr(evaluate, "extract", lambda *args, bf16, **_: seen.append(bf16) or (torch.eye(2), None))
+    run("--compare", photos / "deep" / "p00.png", photos / "deep" / "p01.png", "--weights", weights, *flags)
+    assert seen == [used]
 
 
 def test_compare_says_what_similarities_mean(weights, photos, capsys):

@@ -4,7 +4,9 @@ import dataclasses
 import functools
 import itertools
 import math
+import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ import runs
 import train
 import weights
 from data import InputError, load_dataset
+from evaluate import evaluate
 from personvit import PersonViT, VisionTransformer
 from runs import Machine, Run
 from synthetic import make_synthetic
@@ -101,6 +104,20 @@ def test_pretraining_ends_in_weights_that_fine_tune(dataset, tmp_path):
     assert all(torch.equal(v, exported[k]) for k, v in tuned.base.state_dict().items())
 
 
+def test_without_masks_the_log_is_silent_on_patches(dataset, tmp_path, monkeypatch):
+    """... and calls nothing of theirs a collapse."""
+    judged = []
+    monkeypatch.setattr(PersonViT, "collapsed", staticmethod(judged.append))
+    for masks in (True, False):
+        pretrain_run(dataset, tmp_path / str(masks), dataclasses.replace(SMALL, masks=masks, epochs=1))
+    with_masks, without = judged[0], judged[-1]
+    assert {"patch", "patch_information"} <= set(with_masks) and not {"patch", "patch_information"} & set(without)
+    healthy = {"information": 0.5, "feature_std": 0.5}
+    monkeypatch.undo()
+    assert not PersonViT.collapsed(healthy) and PersonViT.collapsed(healthy | {"patch_information": 0.0})
+    assert all(PersonViT.collapsed(healthy | {name: bad}) for name in healthy for bad in (0.0, math.nan))
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_compiled_equals_eager(dataset, tmp_path):
     recipe = dataclasses.replace(SMALL, epochs=1, drop_path=0.0, local_crops=0)  # few shapes: each takes seconds
@@ -120,6 +137,8 @@ def test_upreid_ends_in_weights_that_fine_tune(dataset, tmp_path):
     assert {"total", "instance", "global", "local", "accuracy", "ln_queue", "ln_stripes", "feature_std", "query_std",
             "grad_norm", "lr"} <= set(lines[1])
     assert lines[1]["lr"] == pytest.approx(0.03 * 4 / 256) and model.online["backbone"].training
+    again, recipe = weights.load_model(run.folder / "backbone.pth")              # evaluate.py sees what the monitor saw
+    assert evaluate(again, dataset, recipe, workers=0)[0].mAP == pytest.approx(lines[-1]["mAP"], abs=1e-5)
     still = train.Recipe(arch="resnet_tiny", size=(64, 32), epochs=1, ids=3, images=2, lr=0.0)
     tuned = train.fine_tune(still, dataset, Run(tmp_path / "b", {}), run.folder / "backbone.pth", Machine("cpu", 0))
     exported = model.backbone_for_export().state_dict()
@@ -173,6 +192,26 @@ def test_a_bad_step_of_pretraining_touches_no_weight(dataset, tmp_path, monkeypa
     assert all(p.isfinite().all() for p in models[0].parameters())
     state = torch.load(tmp_path / "run" / "checkpoint_000000002.pth", weights_only=True)
     assert state["step"] == 2 and all(v.isfinite().all() for v in state["model"].values())
+
+
+def test_a_stop_saves_no_bad_step(dataset, tmp_path, monkeypatch):
+    """... on a GPU either, where the loop looks at the loss only now and then ("cpu:0" is treated as one)."""
+    real, steps = UPReID.forward, []
+
+    def forward(self, *args):
+        losses = real(self, *args)
+        if len(steps) == 3:
+            losses["total"] = losses["total"] * math.nan
+        if len(steps) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        steps.append(0)
+        return losses
+
+    monkeypatch.setattr(UPReID, "forward", forward)
+    run = Run(tmp_path / "run", {})
+    with pytest.raises(InputError, match="nan at step 4; the last good state is in .*checkpoint_000000003.pth"):
+        pretrain.pretrain(SMALL_UP, dataset, run, Machine("cpu:0", 0, 3, log_every=99))
+    assert [path.name for path in run.checkpoints()] == ["checkpoint_000000003.pth"]
 
 
 @pytest.mark.parametrize("change, message", [
@@ -243,7 +282,7 @@ def test_split_steps_equal_whole_ones(dataset, tmp_path, monkeypatch, doubles, r
 def test_steps_that_cannot_be_split(dataset, tmp_path, capsys):
     with pytest.raises(InputError, match="--batch 4 cannot be shared evenly by 1 processes x --accum 3"):
         pretrain_run(dataset, tmp_path / "a", SMALL, accumulate=3)
-    with pytest.raises(InputError, match="--accum 4 leaves one image for a pass"):
+    with pytest.raises(InputError, match="--batch 4 leaves one image, and nothing to compare it with, for each of 1 processes x --accum 4"):
         pretrain_run(dataset, tmp_path / "d", SMALL, accumulate=4)
     with pytest.raises(InputError, match="--groups 2 must be a multiple of 4"):
         pretrain_run(dataset, tmp_path / "b", dataclasses.replace(SMALL_UP, batch=8), accumulate=4)

@@ -136,6 +136,10 @@ METHOD_FILES = {"upreid": {"torch"}, "personvit": {"torch"}}
 PACKAGES = {"torch", "torchvision", "numpy", "scipy", "PIL"}
 
 
+def test_every_module_has_its_edges():
+    assert set(EDGES) == {path.stem for path in ROOT.glob("*.py")}
+
+
 @pytest.mark.parametrize("module", EDGES)
 def test_imports(module):
     tree = ast.parse((ROOT / f"{module}.py").read_text())

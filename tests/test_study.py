@@ -6,7 +6,7 @@ import os
 import re
 
 import pytest
-from conftest import command, market_tree, write_image
+from conftest import ROOT, command, market_tree, write_image
 from PIL import Image
 
 import study
@@ -119,12 +119,18 @@ def test_mistakes_get_one_line(tmp_path):
                         (["demo", "--dataset", tmp_path / "crops"], "has no queries"),
                         (["few-shot"], "10% of them are 0, a study needs 2")]:
         done = command("--dataset", "market1501", "--data-root", tmp_path, "--out", tmp_path / "out", "--device", "cpu",
-                       *args, script="study.py")
+                       *args, script=ROOT / "study.py")
         assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
         assert re.search(words, done.stderr)
         assert not list(tmp_path.glob("out/*"))
-    for args in (["everything"], ["upreid", "--workers", "-1"], ["upreid", "--seeds", "3", "3"]):
-        done = command(*args, script="study.py")
-        assert done.returncode == 2 and "Traceback" not in done.stderr
-    done = command("upreid", script="study.py", env=os.environ | {"WORLD_SIZE": "2"})
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "upreid.png").write_text("a picture of the user's")
+    done = command("upreid", "--dataset", "market1501", "--data-root", tmp_path, "--out", tmp_path / "mine",
+                   script=ROOT / "study.py")
+    assert done.returncode == 1 and "upreid.png or ranks.png in it would be replaced" in done.stderr
+    for args, words in ((["everything"], "invalid choice"), (["upreid", "--workers", "-1"], "--workers is at least 0"),
+                        (["upreid", "--seeds", "3", "3"], "no seed counts twice")):
+        done = command(*args, script=ROOT / "study.py")
+        assert done.returncode == 2 and words in done.stderr
+    done = command("upreid", script=ROOT / "study.py", env=os.environ | {"WORLD_SIZE": "2"})
     assert done.returncode == 2 and "one process" in done.stderr

@@ -203,6 +203,18 @@ def test_loss_that_is_not_finite_stops_before_the_weights_are_touched(dataset, t
     assert all(p.isfinite().all() for p in models[0].parameters())
 
 
+def test_the_time_of_an_evaluation_is_no_training(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(runs.time, "perf_counter", lambda: now[0])
+    meter = runs.Meter()
+    for seconds in (2, 2):
+        meter.add(10, total=1.0)
+        now[0] += seconds
+    with meter.paused():
+        now[0] += 3600
+    assert meter.read(steps_left=30) == {"total": 1.0, "img_s": 5.0, "wait": 0.0, "left": "0:01:00"}
+
+
 # ---- run folders -----------------------------------------------------------------------------
 
 
@@ -335,12 +347,19 @@ def test_what_a_killed_process_was_writing_is_swept_away(tmp_path):
         assert sorted(p.name for p in run.folder.iterdir()) == ["lock", "mine.partial", "recipe.json"]
 
 
-def test_two_processes_cannot_share_a_folder(tmp_path):
+def test_two_processes_cannot_share_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "locked", functools.partial(runs.locked, patience=0))
     with Run(tmp_path / "run", {}).begin():
         with pytest.raises(InputError, match="another process is training"):
             with Run(tmp_path / "run", {}).begin():
                 pass
-    with Run(tmp_path / "run", {}).begin():
+    first, second, third = (Run(tmp_path / "other", {"lr": lr}) for lr in (1, 2, 1))   # all see an empty folder
+    with first.begin():
+        pass
+    with pytest.raises(InputError, match="another recipe .lr: 1 there, 2 now"):
+        with second.begin():
+            pass
+    with third.begin():
         pass
 
 
@@ -439,11 +458,20 @@ def test_mistakes_get_one_line(tmp_path):
         done = command("--data-root", tmp_path, "--out", tmp_path / "run", "--overwrite", *args)
         assert done.returncode == 1 and re.search(words, done.stderr), done.stderr
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    for args in (["--size", "256"], ["--device", "tpu"], ["--workers", "-1"], ["--threads", "0"], ["--save-every", "0"],
-                 ["--margin", "wide"], ["--monitor", "market1501"]):
-        done = command(*args)
-        assert done.returncode == 2 and "Traceback" not in done.stderr
     assert not list(tmp_path.glob("run/*"))
+
+
+@pytest.mark.parametrize("args, words", [
+    ("--size 256", "write two numbers like 256x128"), ("--device tpu", "argument --device"),
+    ("--workers -1", "--workers and --keep-every are at least 0"), ("--threads 0", "at least 1"),
+    ("--save-every 0", "at least 1"), ("--margin wide", "neither a number nor 'none'"),
+    ("--monitor market1501", "are for --pretrain"), ("--accum 2", "--accum is for --pretrain"),
+    ("--pretr personvit", "unrecognized arguments: --pretr"), ("--pretrain upreid --compile", "is for --pretrain personvit"),
+    ("--pretrain upreid --weights a.pth", "starts from random weights")])
+def test_mistakes_on_the_command_line(args, words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        train.parse_args(args.split())
+    assert caught.value.code == 2 and words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGTERM, signal.SIGINT]])

@@ -88,7 +88,7 @@ FORMATS = {  # name: (kind of backbone, file made of its state, what is said of 
     "ours, backbone": ("vit", lambda s: {"format": "reid-backbone", "recipe": {"arch": "vit_mini"}, "size": (256, 128),
                                          "mean": [0.1] * 3, "std": [0.2] * 3, "epoch": 7, "backbone": s},
                        "pre-trained backbone of this project"),
-    "ours, fine-tuned": ("vit", lambda s: {"format": "reid-model", "num_ids": 9, "recipe": {
+    "ours, fine-tuned": ("vit", lambda s: {"format": "reid-model", "recipe": {
         "arch": "vit_mini", "size": (256, 128), "neck_feat": "after", "last_stride": 1, "mean": [0.1] * 3,
         "std": [0.2] * 3}, "model": {k: v for k, v in transreid(s).items() if ".fc." not in k}},
         "fine-tuned model of this project"),
@@ -175,7 +175,7 @@ def test_stride_and_neck_of_fine_tuned_resnets(tmp_path):
     model = ReIDModel(build_backbone("resnet_tiny", last_stride=2), 9, "before")
     recipe = {"arch": "resnet_tiny", "size": [64, 32], "last_stride": 2, "neck_feat": "before", "mean": [0.5] * 3,
               "std": [0.5] * 3}
-    content = {"format": "reid-model", "recipe": recipe, "num_ids": 9, "model": model.state_dict()}
+    content = {"format": "reid-model", "recipe": recipe, "model": model.state_dict()}
     loaded, found = load_model(save(tmp_path, content))
     assert loaded.base.layer4[0].conv2.stride == (2, 2) and found["neck_feat"] == "before"
     loaded, found = load_model(save(tmp_path, model.state_dict()))
@@ -276,7 +276,7 @@ def test_damaged_models_get_one_line(tmp_path):
     model = ReIDModel(build_backbone("resnet_tiny"), 5)
     recipe = {"arch": "resnet_tiny", "size": [32, 16], "last_stride": 1, "neck_feat": "before",
               "mean": [0.5] * 3, "std": [0.5] * 3}
-    good = {"format": "reid-model", "recipe": recipe, "num_ids": 5, "model": model.state_dict()}
+    good = {"format": "reid-model", "recipe": recipe, "model": model.state_dict()}
     loaded, _ = load_model(save(tmp_path, good))
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in loaded.state_dict().items())
     for change in ({"recipe": None}, {"recipe": {}}, {"model": {}}, {"model": 3}, {"recipe": recipe | {"size": 3}},
