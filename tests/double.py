@@ -16,5 +16,6 @@ def use_doubles():
 
 if __name__ == "__main__":
     use_doubles()
+    import data
     import train
-    train.main()
+    data.command_line(train.main)
