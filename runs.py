@@ -536,9 +536,7 @@ def loop(run: Run, images: Images, sampler, recipe, parts: dict, take_step, mach
                                            **{n: p.state_dict() for n, p in parts.items()}},
                                     machine.checkpoints)
             if stopping:
-                sys.exit(1 if machine.rank else f"stopped after step {done:,} of {last:,}; "
-                         f"{run.checkpoints()[0]} holds it; the same command, without "
-                         f"--overwrite, goes on from there")
+                stopped(machine, f"after step {done:,} of {last:,}; {run.checkpoints()[0]} has it")
         try:
             for number in (signal.SIGINT, signal.SIGTERM):  # all is saved: no stop need wait now
                 signal.signal(number, signal.default_int_handler)
@@ -547,8 +545,12 @@ def loop(run: Run, images: Images, sampler, recipe, parts: dict, take_step, mach
             if finish:
                 finish()
         except KeyboardInterrupt:
-            sys.exit(1 if machine.rank else f"stopped after the last step of {run.folder}; the "
-                     f"same command, without --overwrite, goes on from there")
+            stopped(machine, f"after the last step of {run.folder}")
+
+
+def stopped(machine: Machine, where: str) -> None:
+    sys.exit(1 if machine.rank else f"stopped {where}; the same command, without --overwrite, goes "
+             f"on from there")
 
 
 def check_finite(value: Tensor | float, step: int, run: Run) -> None:
