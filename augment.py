@@ -187,7 +187,7 @@ def resize_matrix(start: Tensor, length: Tensor, n: int, out: int,
 
 def blur_matrix(sigma: Tensor, n: int, reach: int = 6) -> Tensor:
     """Gaussian blur along n pixels, mirrored at the ends: sigma (B,) in pixels -> (B, n, n).
-    reach: of the kernel; three sigma of the largest, 2 [ours]."""
+    reach: pixels to either side, 3 times the largest sigma, which is 2 [ours]."""
     offset = torch.arange(-reach, reach + 1, device=sigma.device)
     weight = torch.exp(-0.5 * (offset / sigma[:, None]) ** 2)                # (B, 2 reach + 1)
     weight = weight / weight.sum(1, keepdim=True)

@@ -287,7 +287,8 @@ class Prototypes(nn.Module):
         super().__init__()
         self.weight_g = nn.Parameter(torch.ones(num_prototypes, 1), not norm_last_layer)
         self.weight_v = nn.Parameter(torch.empty(num_prototypes, dim))
-        nn.init.kaiming_uniform_(self.weight_v, math.sqrt(5))  # nn.Linear's; iBOT: [from memory]
+        # as nn.Linear begins; that iBOT leaves it so is [from memory]
+        nn.init.kaiming_uniform_(self.weight_v, math.sqrt(5))
 
     def forward(self, z: Tensor) -> Tensor:
         # not in bfloat16: a temperature of 0.04 magnifies its rounding of a cosine 25 times

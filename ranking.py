@@ -206,20 +206,21 @@ def rank_features(q_feats, q_pids, q_camids, g_feats, g_pids, g_camids, max_rank
     are ties. Raises InputError as `cmc_map` does, and for features that are not of length 1.
     """
     q_feats, g_feats = (torch.as_tensor(f).detach().float() for f in (q_feats, g_feats))
-    for feats, side in ((q_feats, "query"), (g_feats, "gallery")):
+    sides = []
+    for side, feats, *labels in (("query", q_feats, q_pids, q_camids, q_images),
+                                 ("gallery", g_feats, g_pids, g_camids, g_images)):
         if feats.ndim != 2 or feats.shape[1] != q_feats.shape[-1]:
             raise InputError(f"{side} features of shape {tuple(feats.shape)} "
                              f"beside query features of shape {tuple(q_feats.shape)}")
+        sides.append(Labels(side, len(feats), *labels))
         if not feats.isfinite().all():
             raise InputError(f"{side} features hold NaN or infinity: "
                              f"a ranking of them means nothing")
         if (feats.norm(dim=1) - 1).abs().max() > 1e-3:
             raise InputError(f"{side} features are not of length 1; L2-normalise them first")
-    query = Labels("query", len(q_feats), q_pids, q_camids, q_images)
-    gallery = Labels("gallery", len(g_feats), g_pids, g_camids, g_images)
     chunks = (reranked_chunks(q_feats, g_feats, 20, 6, 0.3) if rerank else
               ((-q) @ g_feats.T for q in q_feats.split(chunk)))
-    return accumulate(chunks, query, gallery, max_rank, ap, tie=TIE)
+    return accumulate(chunks, *sides, max_rank, ap, tie=TIE)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -85,7 +85,8 @@ RUN_FILES = ("recipe.json", "log.jsonl", CHECKPOINT, "model.pth", "backbone.pth"
 
 
 class Run:
-    """A folder that holds one run. Opening it makes it and looks; `begin` writes, all in order.
+    """A folder that holds one run. Opening makes the folder and only looks; `begin` writes, once
+    all is in order.
 
     Raises InputError for a folder that cannot be written, that holds another recipe, or files that
     are no run's, unless `overwrite` allows to start over. Of several processes the first writes.

@@ -161,10 +161,12 @@ def check(rows: list[Row], dataset, machine: Machine) -> None:
 def study(name: str, dataset, seeds: list[int], given: dict, out: Path, overwrite: bool,
           machine: Machine) -> None:
     """All rows of a study over all seeds, a table after each seed, a picture at the end."""
-    start, table, pictures = time.perf_counter(), {}, (out / f"{name}.png", out / "ranks.png")
-    if any(p.exists() for p in pictures) and not overwrite and not any(out.glob("*/recipe.json")):
-        raise InputError(f"{out} is no study's folder, and {' or '.join(p.name for p in pictures)} "
-                         f"in it would be replaced; choose another with --out")
+    start, table = time.perf_counter(), {}
+    pictures = [out / f"{name}.png"] + [out / "ranks.png"] * (name == "demo")
+    taken = [p.name for p in pictures if p.exists()]
+    if taken and not overwrite and not any(out.glob("*/recipe.json")):
+        raise InputError(f"{out} is no study's folder, and {' and '.join(taken)} in it would be "
+                         f"replaced; choose another with --out")
     for seed in seeds:
         check(STUDIES[name](dataset, seed, given), dataset, machine)
     if name == "demo":

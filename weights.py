@@ -204,7 +204,7 @@ def interpret(path: str, content: dict) -> WeightsFile:
         raise InputError(f"{path}: {len(bad)} weights are not finite floating-point numbers, first "
                          f"{bad[0]}: the training diverged, or they were rounded to integers; "
                          f"nothing was loaded")
-    if "dist_token" in others and "pos_embed" in state:  # drop DeiT's, the second
+    if "dist_token" in others and "pos_embed" in state:  # DeiT: the second is its
         state["pos_embed"] = torch.cat([state["pos_embed"][:, :1], state["pos_embed"][:, 2:]], 1)
     recipe = content.get("recipe") if isinstance(content.get("recipe"), dict) else {}
     recipe = recipe | {k: content[k] for k in ("size", "mean", "std") if k in content}

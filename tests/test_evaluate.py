@@ -191,6 +191,11 @@ def test_picture_and_metric_agree_on_ties():
 def test_shapes_must_agree():
     with pytest.raises(InputError, match="the gallery has 3 images and 2 ids and 2 cameras"):
         cmc_map(np.ones((2, 3)), [1, 2], [1, 2], [0, 0], [1, 1])
+    for empty, words in ((0, "the query has 0 images"), (1, "the gallery has 0 images")):
+        feats, labels = [torch.eye(3), torch.eye(3)], [[1, 2, 3], [1, 2, 3]]
+        feats[empty], labels[empty] = torch.zeros(0, 3), []
+        with pytest.raises(InputError, match=words):
+            rank_features(feats[0], labels[0], labels[0], feats[1], labels[1], labels[1])
     with pytest.raises(InputError, match="'step' or 'market'"):
         cmc_map(np.ones((1, 1)), [1], [1], [0], [1], ap="sklearn")
 

@@ -127,7 +127,7 @@ def test_mistakes_get_one_line(tmp_path):
     (tmp_path / "mine" / "upreid.png").write_text("a picture of the user's")
     done = command("upreid", "--dataset", "market1501", "--data-root", tmp_path, "--out", tmp_path / "mine",
                    script=ROOT / "study.py")
-    assert done.returncode == 1 and "upreid.png or ranks.png in it would be replaced" in done.stderr
+    assert done.returncode == 1 and "mine is no study's folder, and upreid.png in it would be replaced" in done.stderr
     for args, words in ((["everything"], "invalid choice"), (["upreid", "--workers", "-1"], "--workers is at least 0"),
                         (["upreid", "--seeds", "3", "3"], "no seed counts twice")):
         done = command(*args, script=ROOT / "study.py")
