@@ -28,37 +28,37 @@ help:  ## this list
 	@touch $@
 
 demo: $(SETUP)  ## synthetic people: draw, pre-train, fine-tune, evaluate, rank list; minutes on a CPU
-	$(PYTHON) study.py demo --data-root $(DATA_ROOT) $(FLAGS)
+	$(PYTHON) -m extra.study demo --data-root "$(DATA_ROOT)" $(FLAGS)
 
 study: $(SETUP)  ## does pre-training pay? STUDY=few-shot, upreid or personvit; five seeds, hours
-	$(PYTHON) study.py $(STUDY) --dataset $(DATASET) --data-root $(DATA_ROOT) $(FLAGS)
+	$(PYTHON) -m extra.study $(STUDY) --dataset "$(DATASET)" --data-root "$(DATA_ROOT)" $(FLAGS)
 
 test: $(SETUP)  ## all tests, on the CPU
 	$(PYTHON) -m pytest -q tests *.py --doctest-modules
 
 stress: $(SETUP)  ## kill trainings at random moments, go on, compare: FLAGS="--kills 20"
-	$(PYTHON) tests/stress.py $(FLAGS)
+	$(PYTHON) -m extra.stress $(FLAGS)
 
 pretrain-upreid: $(SETUP)  ## UP-ReID pre-training: DATASET=luperson GPUS=8, or any folder
-	$(TRAIN) --pretrain upreid --dataset $(DATASET) --data-root $(DATA_ROOT) \
+	$(TRAIN) --pretrain upreid --dataset "$(DATASET)" --data-root "$(DATA_ROOT)" \
 	  $(if $(ARCH),--arch $(ARCH)) $(FLAGS)
 
 pretrain-personvit: $(SETUP)  ## PersonViT pre-training: DATASET=luperson GPUS=8 ARCH=vit_small, or any folder
-	$(TRAIN) --pretrain personvit --dataset $(DATASET) --data-root $(DATA_ROOT) \
+	$(TRAIN) --pretrain personvit --dataset "$(DATASET)" --data-root "$(DATA_ROOT)" \
 	  $(if $(ARCH),--arch $(ARCH)) $(FLAGS)
 
 finetune: $(SETUP)  ## fine-tune and evaluate: DATASET=msmt17 ARCH=vit_small WEIGHTS=pretrained.pth
-	$(TRAIN) --dataset $(DATASET) --data-root $(DATA_ROOT) $(if $(ARCH),--arch $(ARCH)) \
-	  $(if $(WEIGHTS),--weights $(WEIGHTS)) $(FLAGS)
+	$(TRAIN) --dataset "$(DATASET)" --data-root "$(DATA_ROOT)" $(if $(ARCH),--arch $(ARCH)) \
+	  $(if $(WEIGHTS),--weights "$(WEIGHTS)") $(FLAGS)
 
 evaluate: $(SETUP)  ## evaluate a fine-tuned model: DATASET=msmt17 WEIGHTS=runs/msmt17_vit_small/model.pth
-	$(PYTHON) evaluate.py --dataset $(DATASET) --data-root $(DATA_ROOT) $(if $(WEIGHTS),--weights $(WEIGHTS)) $(FLAGS)
+	$(PYTHON) evaluate.py --dataset "$(DATASET)" --data-root "$(DATA_ROOT)" $(if $(WEIGHTS),--weights "$(WEIGHTS)") $(FLAGS)
 
-bench: $(SETUP)  ## speed on this machine: networks beside torchvision's, data, the whole step
-	$(PYTHON) tests/bench.py $(FLAGS)
+bench: $(SETUP)  ## speed on this machine: networks beside torchvision's, whole trainings, ranking
+	$(PYTHON) -m extra.bench $(FLAGS)
 
-readme:  ## repair the line numbers of the README's links
-	python3 tests/readme.py
+readme:  ## repair the line numbers of the links in README.md and docs/
+	python3 tests/links.py
 
 clean:  ## remove .venv and caches; data/ and runs/ are yours and stay
-	rm -rf .venv .pytest_cache __pycache__ tests/__pycache__
+	rm -rf .venv .pytest_cache __pycache__ extra/__pycache__ tests/__pycache__

@@ -1,4 +1,4 @@
-"""From files on disk to uint8 batches of people: datasets, image reading, sampling.
+"""From files on disk to what the networks see: datasets, images, sampling, views.
 
 A ReID set is three lists of `Record(path, pid, camid)`:
 
@@ -11,13 +11,15 @@ neither good nor bad; dropped when the set is read), **0 is a distractor** (a fa
 detector; kept: it can only hurt). camid is the camera's number minus one, never relabelled, because
 the protocol compares cameras between query and gallery.
 
-Worker processes only decode and resize. Nothing here is random but the order of images, a function
-of (seed, epoch), and which identities are labelled, of the seed. Read `load_dataset`, `PKSampler`,
-`Images`.
+Of a step of training, worker processes do what is done per image, and all that is random:
 
-Exercises (answers: README). 1. How many batches of 64 has an epoch of the synthetic set with P x K
-= 16 x 4, and with 4 x 16? Why is the second longer? 2. Fine-tune with P = 2 (--arch vit_mini
---seed 0 --ids 2): what becomes of the hardest negative, and of the mAP?
+    sampler     (step, place in the whole batch, image)        order: a function of (seed, epoch)
+    workers     uint8 images, and the numbers of their views   a function of (seed, step, place)
+    device      views: crops, colours, blur, erasing           batched, one code for CPU and GPU
+
+So a run that goes on at step n draws what the uninterrupted one drew, 8 processes with 16 workers
+what one alone would, and a GPU never waits for a number. Read `load_dataset`, `PKSampler`,
+`Images`, then `Draws` and `MultiCrop`.
 """
 
 import argparse
@@ -25,7 +27,8 @@ import contextlib
 import difflib
 import hashlib
 import io
-import mmap
+import itertools
+import math
 import os
 import re
 import sys
@@ -37,10 +40,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from synthetic import make_synthetic
+from extra.people import make_synthetic
 
 
 class InputError(ValueError):
@@ -50,6 +54,23 @@ class InputError(ValueError):
         return " ".join(super().__str__().rpartition("data.InputError: ")[2].splitlines())
 
 
+# what a machine cannot give, in the words of PyTorch or the system, and the way out
+LIMITS = {
+    "shared memory|Bus error": "/dev/shm is full: docker run --shm-size 8g, or --workers 0",
+    "killed by signal|exited unexp": "a worker was killed, for want of memory? fewer --workers",
+    "CUDA.*of memory|STATUS_ALLOC": "GPU memory is full: smaller --batch(-size), --ids, --accum 2",
+    "t allocate memory|to allocate|bad_alloc": "memory is full: smaller --batch, fewer --workers",
+    "Too many open files|ancillary data": "too few files may be open: ulimit -n 4096",
+    "new thread|temporarily unavailable": "too few processes may run: ulimit -u, fewer --workers",
+    "onnection (closed|reset)": "another process of this run has ended, see its message"}
+
+
+def limit_of(error: Exception) -> str | None:
+    """The way out, if an error says that the machine cannot give something."""
+    text = "not allocate memory" if isinstance(error, MemoryError) else str(error)
+    return next((way for words, way in LIMITS.items() if re.search(words, text)), None)
+
+
 def command_line(main) -> None:
     """Run a script's main: what the user can mend ends in one line, without a traceback."""
     for stream in (sys.stdout, sys.stderr):  # a file's name may be no text at all
@@ -57,9 +78,14 @@ def command_line(main) -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         main()
-    except (InputError, OSError) as error:
+    except (InputError, OSError, RuntimeError, MemoryError) as error:
+        # of a worker's error, which comes with its traceback, the last line
+        way, detail = limit_of(error), str(error).strip().rpartition("\n")[2][:200]
+        if not way and isinstance(error, RuntimeError):
+            raise  # a fault of ours, whose traceback is wanted
+        line = f"{way} ({detail}); a training goes on by the same command" if way else str(error)
         rank = os.environ.get("RANK") or "0"  # torchrun's; several may see the same error
-        sys.exit(f"error: {error}" if rank == "0" else f"error (process {rank}): {error}")
+        sys.exit(f"error: {line}" if rank == "0" else f"error (process {rank}): {line}")
     except KeyboardInterrupt:
         sys.exit("interrupted")
     if "WORLD_SIZE" in os.environ:  # torchrun's: all is saved, and threads that PyTorch leaves
@@ -73,11 +99,6 @@ class Record(NamedTuple):
     path: str
     pid: int
     camid: int
-
-
-def closest(name: str, names: Sequence[str]) -> str:
-    """The names most like a mistyped one, or all of them when none is."""
-    return ", ".join(difflib.get_close_matches(name.lower(), names, 3, 0.4) or names)
 
 
 @dataclass
@@ -94,79 +115,54 @@ class Dataset:
 
     def fingerprint(self) -> str:
         """Changes with the images' names and labels, not with the place of the folder `root`."""
-        if isinstance(self.train, PathList):
-            names = self.train.text
-        else:
-            names = "\n".join(f"{os.path.relpath(r.path, self.root)} {r.pid}"
-                              for part in (self.train, self.query, self.gallery) for r in part)
-            names = names.encode("utf-8", "surrogateescape")
-        return (f"{len(self.train)} images, "
-                f"{hashlib.blake2b(names, digest_size=6).hexdigest()}")
+        names = self.train.names.tobytes() if isinstance(self.train, PathList) else os.fsencode(
+            "\n".join(f"{os.path.relpath(r.path, self.root)} {r.pid}"
+                      for split in (self.train, self.query, self.gallery) for r in split))
+        return f"{len(self.train)} images, {hashlib.blake2b(names, digest_size=6).hexdigest()}"
 
 
 # ---------------------------------------------------------------------------------------------
 # Datasets: what lies on disk, and the published counts it must match
 # ---------------------------------------------------------------------------------------------
 
-MARKET_SPLITS = ("bounding_box_train", "query", "bounding_box_test")
+MARKET_SPLITS, PLAIN_SPLITS = ("bounding_box_train", "query", "bounding_box_test"), (
+    "train", "query", "gallery")
 
 
-class Layout(NamedTuple):
-    """Where a public set lies, how its names read, what was published, how to come by it."""
-
-    folders: tuple[str, ...]             # usual names below --data-root
-    pattern: str                         # groups: pid, camera
-    counts: dict[str, tuple[int, int]]   # split -> (identities, images)
-    cameras: int
-    ask: str                             # a sentence: nothing is downloaded here
-
-
-MARKET_NAME, NUMBERED_NAME = r"(-1|\d{4})_c(\d)", r"(-1|\d+)_c(\d+)"
-
-# Counts from the sets' own files or readmes, DukeMTMC-reID's from loaders of it; PersonX's split is
-# from memory, its identities are derived: 5,136 queries / 6 cameras = 856 of 1,266 people.
+# Of each public set its usual names below --data-root, and (identities, images) of train, query and
+# gallery as published: by the sets' own files or readmes, DukeMTMC-reID's by loaders of it;
+# PersonX's split is from memory, its identities are derived: 5,136 queries / 6 cameras = 856 of
+# 1,266 people.
 LAYOUTS = {
-    "market1501": Layout(
-        ("Market-1501-v15.09.15", "market1501", "Market-1501"), MARKET_NAME,
-        {"train": (751, 12_936), "query": (750, 3_368), "gallery": (751, 15_913)}, 6,
-        "Ask its authors (search 'Market-1501 dataset'); research only"),
-    "dukemtmc-reid": Layout(
-        ("DukeMTMC-reID", "dukemtmc-reid"), MARKET_NAME,
-        {"train": (702, 16_522), "query": (702, 2_228), "gallery": (1_110, 17_661)}, 8,
-        "It was withdrawn in 2019 over privacy"),
-    "occluded-duke": Layout(
-        ("Occluded_Duke", "occluded-duke"), MARKET_NAME,
-        {"train": (702, 15_618), "query": (519, 2_210), "gallery": (1_110, 17_661)}, 8,
-        "Its lists are at github.com/lightas/Occluded-DukeMTMC-Dataset, its images were withdrawn"),
-    "personx": Layout(
-        ("PersonX", "personx", "personx/subset1"), NUMBERED_NAME,
-        {"train": (410, 9_840), "query": (856, 5_136), "gallery": (856, 30_816)}, 6,
-        "See github.com/sxzrt/Instructions-of-the-PersonX-dataset"),
-    "cuhk03-np-labeled": Layout(
-        ("cuhk03-np/labeled", "cuhk03_np/labeled", "labeled"), NUMBERED_NAME,
-        {"train": (767, 7_368), "query": (700, 1_400), "gallery": (700, 5_328)}, 2,
-        "See github.com/zhunzhong07/person-re-ranking (new protocol)"),
-    "cuhk03-np-detected": Layout(
-        ("cuhk03-np/detected", "cuhk03_np/detected", "detected"), NUMBERED_NAME,
-        {"train": (767, 7_365), "query": (700, 1_400), "gallery": (700, 5_332)}, 2,
-        "See github.com/zhunzhong07/person-re-ranking (new protocol)"),
-    "msmt17": Layout(
-        ("MSMT17_V1", "MSMT17_V2", "MSMT17", "msmt17"), r"\d+_\d+_(\d+)_",
-        {"train": (1_041, 32_621), "query": (3_060, 11_659), "gallery": (3_060, 82_161)}, 15,
-        "Ask its owners at pkuvmc.com; research only"),
-    "synthetic": Layout(("synthetic",), NUMBERED_NAME, {}, 0,
-                        "python data.py --synthetic DIR draws it"),
-}
+    "market1501": (("Market-1501-v15.09.15", "market1501", "Market-1501"),
+                   ((751, 12_936), (750, 3_368), (751, 15_913))),
+    "msmt17": (("MSMT17_V1", "MSMT17_V2", "MSMT17", "msmt17"),
+               ((1_041, 32_621), (3_060, 11_659), (3_060, 82_161))),
+    "cuhk03-np-labeled": (("cuhk03-np/labeled", "cuhk03_np/labeled", "labeled"),
+                          ((767, 7_368), (700, 1_400), (700, 5_328))),
+    "cuhk03-np-detected": (("cuhk03-np/detected", "cuhk03_np/detected", "detected"),
+                           ((767, 7_365), (700, 1_400), (700, 5_332))),
+    "dukemtmc-reid": (("DukeMTMC-reID", "dukemtmc-reid"),
+                      ((702, 16_522), (702, 2_228), (1_110, 17_661))),
+    "occluded-duke": (("Occluded_Duke", "occluded-duke"),
+                      ((702, 15_618), (519, 2_210), (1_110, 17_661))),
+    "personx": (("PersonX", "personx", "personx/subset1"),
+                ((410, 9_840), (856, 5_136), (856, 30_816))),
+    "synthetic": (("synthetic",), ())}
 NAMES = sorted([*LAYOUTS, "cuhk03-np", "folder", "luperson"])
+
+
+def closest(name: str, names: Sequence[str]) -> str:
+    """The names most like a mistyped one, or all of them when none is."""
+    return ", ".join(difflib.get_close_matches(name.lower(), names, 3, 0.4) or names)
 
 
 def load_dataset(name: str, root: str | Path = "data", train_only: bool = False) -> Dataset:
     """Read one ReID set below `root` (data folder or the set's own), print and check its counts.
 
     name: one of NAMES, or the path of any folder of crops. "cuhk03-np" is its labeled half,
-    "synthetic" is drawn on first use, "folder" is the tree at `root` itself, with Market-style
-    names, "luperson" unlabelled crops: a folder, or a text list of paths. train_only: MSMT17
-    without the val list.
+    "synthetic" is drawn on first use, "folder" is the tree at `root` itself, "luperson" unlabelled
+    crops: a folder, or a text list of paths. train_only: MSMT17 without the val list.
     Raises InputError when the set is missing, empty, or its names do not parse.
     """
     root = Path(root)
@@ -180,70 +176,137 @@ def load_dataset(name: str, root: str | Path = "data", train_only: bool = False)
                          f"did you mean {closest(name, NAMES)}?")
     if name == "synthetic":
         root = root if root.name == name else root / name
-        if not root.exists() or root.is_dir() and not any(root.iterdir()):
+        if not root.exists() or not any(root.iterdir()):
             print(f"drawing synthetic people into {root}")
-            try:
-                make_synthetic(root)
-            except OSError:  # unless another process was faster: it has drawn the very same
-                if not (root / MARKET_SPLITS[0]).is_dir():
-                    raise
+            make_synthetic(root)
     if name == "luperson":
         dataset = load_unlabelled(root)
-    elif name == "folder":
-        dataset = load_folder(root)
     elif name == "msmt17":
-        dataset = load_msmt17(root, train_only)
+        dataset = load_msmt17(find_folder(name, root, ("list_train.txt",)), train_only)
     else:
-        dataset = load_market_style(name, root)
-    print(describe(dataset, train_only), flush=True)
+        dataset = load_splits(name, root if name == "folder" else
+                              find_folder(name, root, MARKET_SPLITS))
+    print(describe(dataset), flush=True)
     return dataset
 
 
-def find_folder(name: str, root: Path, inside: str) -> Path:
-    """The first usual place that holds the folder or file `inside`, or a helpful error."""
-    folders = LAYOUTS[name].folders
+def find_folder(name: str, root: Path, inside: Sequence[str]) -> Path:
+    """The first usual place that holds one of the folders or files `inside`."""
+    folders, _ = LAYOUTS[name]
     places = [root, *(root / f for f in folders), *(root / name / f for f in folders)]
-    for place in places:
-        if (place / inside).exists():
-            return place
-    raise InputError(
-        f"{name} not found: no {inside} in {root} nor in {' or '.join(folders)} below it. "
-        f"{LAYOUTS[name].ask}. (--dataset synthetic needs no data; --data-root "
-        f"names another folder)")
+    # `query` alone makes no set: many a folder has one
+    found = [p for p in places if any((p / n).exists() for n in inside if n != "query")]
+    if not found:
+        raise InputError(
+            f"{name} not found: no {inside[0]} in {root} nor in {' or '.join(folders)} below it; "
+            f"docs/data-and-weights.md says whom to ask for it, --data-root names another folder, "
+            f"and --dataset synthetic needs no data")
+    return found[0]
 
 
-def list_images(folder: Path, recursive: bool = False) -> list[str]:
-    """Image paths sorted by file name within a folder, so that no file system decides the order."""
+# Pillow's other formats stay out: one (EPS) would start another program; older ones lack AVIF
+SUFFIXES = {suffix: kind for suffix, kind in Image.registered_extensions().items()
+            if kind in ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "AVIF") and kind in Image.OPEN}
+LOOK_LIKE_IMAGES = tuple({".heic", ".heif", ".avif", ".jp2", ".jxl", ".psd", ".dng"} - {*SUFFIXES})
+
+
+def list_images(folder: Path) -> list[str]:
+    """All images below a folder, sorted by name, so that no file system decides the order."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
-    # Market's folders also hold Thumbs.db, those that macOS has touched ._name.jpg
-    suffixes = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
-    found, seen = [], set()
+    found, passed_over, seen = [], [], set()
 
     def fail(error: OSError):  # os.walk would pass over what it may not read
         raise InputError(f"{error.filename}: cannot be listed ({error.strerror})")
 
     for here, folders, files in os.walk(folder, onerror=fail, followlinks=True):
         real = os.path.realpath(here)
-        folders[:] = sorted(folders) if recursive and real not in seen else []  # links may go round
-        if real not in seen:
-            found += [os.path.join(here, f) for f in sorted(files)
-                      if f.lower().endswith(suffixes) and not f.startswith(".")]
+        folders[:] = sorted(folders) if real not in seen else []             # links may go round
+        # Market's folders also hold Thumbs.db, those that macOS has touched ._name.jpg
+        files = [] if real in seen else sorted(f for f in files if not f.startswith("."))
+        found += [os.path.join(here, f) for f in files if f.lower().endswith(tuple(SUFFIXES))]
+        passed_over += [f for f in files if f.lower().endswith(LOOK_LIKE_IMAGES)]
         seen.add(real)
-    if not found:
-        raise InputError(f"{folder}: holds no image ({' '.join(suffixes)})")
+    if passed_over:
+        print(f"WARNING: {len(passed_over)} files below {folder} look like images, but cannot be "
+              f"read here, first {passed_over[0]}: convert them to JPEG")
     return found
 
 
-def parse_names(paths: Sequence[str], pattern: str) -> list[Record]:
-    """Records from file names by a pattern with the groups pid and camera (counted from 1)."""
-    matches = [re.match(pattern, os.path.basename(path)) for path in paths]
-    bad = [path for path, match in zip(paths, matches) if match is None]
-    if bad:
-        raise InputError(f"{len(bad)} of {len(paths)} names do not start like 0002_c1 "
-                         f"(identity, camera): {', '.join(bad[:3])}; take them out, or, "
-                         f"if no name has a camera, read them by --dataset folder")
-    return [Record(p, int(m[1]), int(m[2]) - 1) for p, m in zip(paths, matches)]
+# 0002_c1s1_000451_03.jpg; 0002C1T0001F001.jpg as MARS has it; 0000_045_12_0303morning_0006_2.jpg as
+# MSMT17; -1 or 00-1 is junk
+NAMED = re.compile(r"(-1|\d+)_c(\d+)|(00-1|\d{4})c(\d)t\d+f\d+|(\d+)_\d{3}_(\d\d)_\d{4}[a-z]",
+                   re.IGNORECASE)
+
+
+def read_labels(paths: Sequence[str], root: Path) -> tuple[list, bool]:
+    """(identity, camera) of each image, and whether cameras are known.
+
+    A name that says both wins; else, where there are several folders, the nearest one is the
+    identity, and each image its own camera; one folder without such names has no identities (None,
+    None). Raises InputError where names or folders contradict one another.
+    """
+    matches = [NAMED.match(os.path.basename(p)) for p in paths]
+    labels = [[int(g.replace("00-1", "-1")) for g in m.groups() if g] for m in matches if m]
+    folders = [os.path.basename(os.path.dirname(os.path.relpath(p, root))) for p in paths]
+    unnamed = [p for p, m in zip(paths, matches) if not m]
+    if labels and unnamed:
+        raise InputError(f"{len(unnamed)} of {len(paths)} names do not start like 0002_c1, as the "
+                         f"others do: {', '.join(unnamed[:3])}; rename them or take them out, or "
+                         f"pre-train without labels on a .txt list of the paths")
+    if labels:
+        for path, folder, label in zip(paths, folders, labels):
+            if folder.isdecimal() and int(folder) not in label:
+                raise InputError(f"{path}: the name says identity {label[0]}, the folder {folder}; "
+                                 f"rename the one or the other")
+        return labels, True
+    several = len(set(folders)) > 1
+    if several and "" in folders:
+        raise InputError(f"{paths[folders.index('')]}: lies beside folders that are identities; "
+                         f"put each image into the folder of its person")
+    return [(folder if several else None, None) for folder in folders], False
+
+
+def load_splits(name: str, root: Path) -> Dataset:
+    """Market-1501, the many sets that copied its three folders, and any tree of images.
+
+    With sub-folders train, query, gallery or Market's names, these are the splits; else every image
+    is in all three and each image queries the others. Without cameras every image becomes a camera
+    of its own, so that "same person, same camera" excludes the image itself and nothing more. -1 is
+    junk; in a folder of your own 0 is a person like any other, unlike Market's distractors.
+    """
+    names = next((names for names in (MARKET_SPLITS, PLAIN_SPLITS)
+                  if any((root / names[i]).is_dir() for i in (0, 2))), None)
+    folders = [root / n for n in names] if names else [root] * 3
+    paths = [list_images(f) if f.is_dir() or not names else [] for f in folders]
+    everything = [p for split in paths for p in split]
+    if not everything:
+        raise InputError(f"{root}: holds no image ({' '.join(SUFFIXES)})")
+    found = [read_labels(split, folder) for split, folder in zip(paths, folders)]
+    # of each split: are cameras known, are there identities?
+    kinds = {(known, labels[0][0] is not None) for labels, known in found if labels}
+    cameras = all(known for known, _ in kinds)
+    if len(kinds) > 1 or name != "folder" and not cameras:
+        raise InputError(f"{root}: names do not start like 0002_c1 (identity, camera), or folders "
+                         f"are no identities, in each of {', '.join(f.name for f in folders)}")
+    # folders' names, and numbers that no tensor holds, are numbered in their order
+    pids = sorted({pid for labels, _ in found for pid, _ in labels if pid is not None})
+    small = all(isinstance(pid, int) and pid < 2 ** 62 for pid in pids)
+    number = {pid: pid if small else i for i, pid in enumerate(pids)}
+    own = {path: i for i, path in enumerate(sorted(set(everything)))}
+    train, query, gallery = ([Record(path, number.get(pid, -1), own[path] if camera is None else
+                                     camera - 1) for path, (pid, camera) in zip(split, labels)
+                              if pid != -1] for split, (labels, _) in zip(paths, found))
+    notes = [] if names else ["no train, query, gallery folders: the same images train and test"]
+    if not pids:
+        notes.append("no identities, these images serve --pretrain alone: to label them, name them "
+                     "like 0002_c1 or put each person's into a folder of its own")
+        query, gallery = [], []
+    elif not cameras:
+        notes.append("each folder is an identity, cameras are unknown: ranking excludes only the "
+                     "image itself, which looks better than by Market-1501's protocol")
+    return Dataset(name, root, relabel(train) if pids else train, query, gallery, cameras,
+                   "; ".join(notes))
 
 
 def relabel(records: list[Record]) -> list[Record]:
@@ -252,39 +315,28 @@ def relabel(records: list[Record]) -> list[Record]:
     return [r._replace(pid=label[r.pid]) for r in records]
 
 
-def load_market_style(name: str, root: Path) -> Dataset:
-    """Market-1501 and the many sets that copied its three folders."""
-    root = find_folder(name, root, MARKET_SPLITS[0])
-    splits = (parse_names(list_images(root / s), LAYOUTS[name].pattern) for s in MARKET_SPLITS)
-    train, query, gallery = ([r for r in records if r.pid != -1] for records in splits)  # -1: junk
-    return Dataset(name, root, relabel(train), query, gallery)
-
-
 def load_msmt17(root: Path, train_only: bool) -> Dataset:
     """MSMT17: four lists of "path pid" lines; folders tell V1 from V2 (faces masked).
 
     Test identities start again at 0, yet they are other people than the training identities.
     """
-    root = find_folder("msmt17", root, "list_train.txt")
     masked = (root / "mask_train_v2").is_dir()
     train_dir, test_dir = ("mask_train_v2", "mask_test_v2") if masked else ("train", "test")
 
     def read(split: str, folder: str) -> list[Record]:
-        file, names, records = root / f"list_{split}.txt", [], []
-        for number, line in enumerate(read_text(file).rstrip().splitlines(), 1):
-            match = re.fullmatch(r"(\S+) (\d+)\s*", line)
-            camera = match and re.match(LAYOUTS["msmt17"].pattern, os.path.basename(match[1]))
-            if not camera or int(camera[1]) < 1:
+        file, paths = root / f"list_{split}.txt", []
+        text = file.read_text(encoding="utf-8-sig", errors="replace").rstrip()
+        for number, line in enumerate(text.splitlines(), 1):
+            match = re.fullmatch(r"(\S+) \d+\s*", line)
+            if not match or not NAMED.match(os.path.basename(match[1])):
                 raise InputError(f"{file} line {number}: {line!r} does not read 'path identity' "
                                  f"with the camera in the third field of the file's name")
-            names.append(match[1])
-            records.append(Record(str(root / folder / match[1]), int(match[2]), int(camera[1]) - 1))
-        if not records:
-            raise InputError(f"{file}: the list is empty")
-        check_inside(names, file)
-        if not os.path.exists(records[0].path):
-            raise InputError(f"{records[0].path}: named in {file.name} but missing")
-        return records
+            check_inside(match[1], file)
+            paths.append(str(root / folder / match[1]))
+        if not paths or not os.path.exists(paths[0]):
+            raise InputError(f"{file}: its first image is missing, or it names none")
+        labels, _ = read_labels(paths, root / folder)
+        return [Record(path, pid, camera - 1) for path, (pid, camera) in zip(paths, labels)]
 
     # PersonViT and TransReID train on train + val; torchreid and fast-reid on train alone
     train = read("train", train_dir) + ([] if train_only else read("val", train_dir))
@@ -294,77 +346,26 @@ def load_msmt17(root: Path, train_only: bool) -> Dataset:
                    note=f"{version}, trained on {'train only' if train_only else 'train + val'}")
 
 
-def load_folder(root: Path) -> Dataset:
-    """Any tree of names like 0001_c2_x.jpg or, without cameras, 0001_x.jpg.
-
-    With sub-folders train/query/gallery or Market's names, these are the splits; else every image
-    is in all three and each image queries the others. Without cameras every image becomes a camera
-    of its own, so that "same person, same camera" excludes the image itself and nothing more. -1 is
-    junk as in Market-1501, but 0 a person like any other: take Market's distractors (0000_) out.
-    """
-    if not root.is_dir():
-        raise InputError(f"{root}: no such folder")
-    note = ""
-    for names in (MARKET_SPLITS, ("train", "query", "gallery")):
-        if (root / names[0]).is_dir() or (root / names[2]).is_dir():
-            paths = [list_images(root / n, True) if (root / n).is_dir() else [] for n in names]
-            break
-    else:
-        paths = [list_images(root, True)] * 3
-        note = "no train, query, gallery folders: the same images train and test"
-    everything = sorted({p for split in paths for p in split})
-    bare = [p for p in everything if not re.match(NUMBERED_NAME, os.path.basename(p))]
-    has_cameras = not bare
-    camera = {p: i for i, p in enumerate(everything)}
-
-    def read(split: list[str]) -> list[Record]:
-        if has_cameras:
-            return [r for r in parse_names(split, NUMBERED_NAME) if r.pid != -1]
-        pids = [re.match(r"(-1|\d+)", os.path.basename(p)) for p in split]
-        # names without a number are crops of nobody known: good for pre-training only
-        return [Record(p, int(m[1]) if m else -1, camera[p]) for p, m in zip(split, pids)
-                if not m or m[1] != "-1"]
-
-    train, query, gallery = map(read, paths)
-    named = all(r.pid >= 0 for r in train)
-    if not has_cameras:
-        some = "WARNING: " if len(bare) < len(everything) else ""
-        note += ("; " * bool(note) + some + f"{len(bare):,} of {len(everything):,} names without "
-                 f"cameras, first {os.path.basename(bare[0])}: ranking excludes only the image "
-                 f"itself, which makes results look better than by Market-1501's protocol")
-    return Dataset("folder", root, relabel(train) if named else train,
-                   [r for r in query if r.pid >= 0], [r for r in gallery if r.pid >= 0],
-                   has_cameras, note)
-
-
-def describe(dataset: Dataset, train_only: bool = False) -> str:
-    """Counts of each split beside the published ones, with a loud line for every difference."""
-    layout = LAYOUTS.get(dataset.name)
+def describe(dataset: Dataset) -> str:
+    """Counts of each split beside the published ones, a loud line for every difference, and how one
+    name was read."""
     lines = [f"{dataset.name} in {dataset.root}" + (f" - {dataset.note}" if dataset.note else "")]
     if isinstance(dataset.train, PathList):
         return f"{lines[0]}\n  {len(dataset.train):,} unlabelled images"
-    warnings, cameras = [], set()
-    for split in ("train", "query", "gallery"):
+    published = LAYOUTS.get(dataset.name, ((), ()))[1] or (None,) * 3
+    for split, expected in zip(PLAIN_SPLITS, published):
         records = getattr(dataset, split)
-        ids, cams = len({r.pid for r in records} - {-1}), {r.camid for r in records}
-        cameras |= cams
-        shown = f"{len(cams):>3} cameras" if dataset.has_cameras else " no cameras"
-        line = f"  {split:<8}{ids:>6,} ids {len(records):>7,} images {shown}"
-        if layout and layout.counts:
-            expected = layout.counts[split]
-            if train_only and dataset.name == "msmt17" and split == "train":
-                expected = (1_041, 30_248)
-            same = (ids, len(records)) == expected
-            line += (f"   expected {expected[0]:,} / {expected[1]:,}" +
-                     ("" if same else "   DIFFERENT"))
-            if not same:
-                warnings.append(f"WARNING: {split} has {ids:,} ids and {len(records):,} images "
-                                f"where {expected[0]:,} and {expected[1]:,} were expected: "
-                                f"results will not compare with the papers'")
-        lines.append(line)
-    if layout and layout.counts and len(cameras) != layout.cameras:
-        warnings.append(f"WARNING: {len(cameras)} cameras where {layout.cameras} were expected")
-    return "\n".join(lines + warnings)
+        counts = len({r.pid for r in records} - {-1}), len(records)
+        cameras = len({r.camid for r in records}) if dataset.has_cameras else "no"
+        lines.append(f"  {split:<8}{counts[0]:>6,} ids {counts[1]:>7,} images {cameras:>3} cameras")
+        if expected:
+            lines[-1] += "   expected {:,} / {:,}".format(*expected) + (
+                "   DIFFERENT: do not compare with the papers" if counts != expected else "")
+    for record in [*dataset.query, *dataset.train][:1]:
+        camera = f"camera {record.camid + 1}" if dataset.has_cameras else "no camera"
+        lines.append(f"  for example {os.path.relpath(record.path, dataset.root)}: "
+                     f"{f'identity {record.pid}' if record.pid >= 0 else 'no identity'}, {camera}")
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -373,60 +374,34 @@ def describe(dataset: Dataset, train_only: bool = False) -> str:
 
 
 class PathList(Sequence):
-    """A text file of relative paths, memory-mapped; item i is Record(path, -1, -1).
+    """A text file of relative paths; item i is Record(path, -1, -1).
 
-    4.2 M paths as Python objects are about a gigabyte in every worker; here they are the file's
-    own pages, shared by all processes, and two arrays of positions. Raises InputError for an empty
-    file and for a path that leaves the data folder.
+    4.2 M paths as Python strings are half a gigabyte, and in each worker again, as counting
+    references writes to them; in one array they are the file's own size, and shared. Raises
+    InputError for an empty file and for a path that leaves the data folder.
     """
 
     def __init__(self, file: Path, root: Path):
-        self.file, self.root = str(file), str(root)
-        if not os.path.getsize(file):
-            raise InputError(f"{file}: the list is empty")
-        self.text = np.memmap(file, np.uint8, "r")
-        start = 3 * (self.text[:3].tobytes() == b"\xef\xbb\xbf")  # a byte order mark, by Windows
-        ends = np.flatnonzero(self.text == ord("\n"))
-        if self.text[-1] != ord("\n"):
-            ends = np.append(ends, len(self.text))
-        starts = np.concatenate([[start], ends[:-1] + 1])
-        ends = ends - (self.text[np.maximum(ends - 1, 0)] == ord("\r"))       # Windows' line ends
-        filled = ends > starts
-        self.starts, self.ends = starts[filled], ends[filled]
-        with open(file, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as raw:
-            if raw.find(b"\0") >= 0:
-                raise InputError(f"{file}: not a text file of paths, one per line, in UTF-8")
-            if raw[start:start + 1] == b"/" or raw.find(b"\n/") >= 0 or raw.find(b"..") >= 0:
-                check_inside([self.line(i) for i in range(len(self))], file)
-
-    def __reduce__(self):  # a worker that is not forked maps the file again; nothing is copied
-        return PathList, (Path(self.file), Path(self.root))
+        self.root = root
+        content = file.read_bytes().removeprefix(b"\xef\xbb\xbf")           # Windows' mark
+        self.names = np.array([line for line in content.splitlines() if line], dtype=bytes)
+        if not len(self.names) or b"\0" in content:
+            raise InputError(f"{file}: empty, or not a text file of paths, one per line, in UTF-8")
+        suspects = np.char.startswith(self.names, b"/") | (np.char.find(self.names, b"..") >= 0)
+        for i in np.flatnonzero(suspects):
+            check_inside(os.fsdecode(self.names[i]), file)
 
     def __len__(self) -> int:
-        return len(self.ends)
-
-    def line(self, i: int) -> str:
-        return bytes(self.text[self.starts[i]:self.ends[i]]).decode("utf-8", "surrogateescape")
+        return len(self.names)
 
     def __getitem__(self, i):
-        if not -len(self) <= i < len(self):
-            raise IndexError(i)
-        return Record(os.path.join(self.root, self.line(i % len(self))), -1, -1)
+        return Record(os.path.join(self.root, os.fsdecode(self.names[i])), -1, -1)
 
 
-def check_inside(paths: list[str], source: Path) -> None:
+def check_inside(path: str, source: Path) -> None:
     """Paths in a list stay below the data folder: a stranger's list could else name any file."""
-    for path in paths:
-        if os.path.isabs(path) or ".." in Path(path).parts:
-            raise InputError(f"{source}: {path!r} leaves the data folder; "
-                             f"list paths relative to it")
-
-
-def read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: cannot be read ({error})") from None
+    if os.path.isabs(path) or ".." in Path(path).parts:
+        raise InputError(f"{source}: {path!r} leaves the data folder; list paths relative to it")
 
 
 def load_unlabelled(root: Path) -> Dataset:
@@ -440,28 +415,22 @@ def load_unlabelled(root: Path) -> Dataset:
         places = [root]  # the set itself, not the folder it lies in
     source = next((p for p in places if p.exists()), None)
     if source is None:
-        raise InputError(f"luperson not found in {root}: expected {root}/luperson/ (any tree of "
-                         f"images) or {root}/luperson.txt (a path per line). "
-                         f"Ask for the images at: github.com/DengpanFu/LUPerson; "
-                         f"any folder of person crops works as well")
+        raise InputError(f"luperson not found: no {root}/luperson/ (any tree of crops), nor "
+                         f"{root}/luperson.txt (a path per line); docs/data-and-weights.md says "
+                         f"whom to ask for it")
+    if source.is_file() and source.suffix != ".txt":
+        raise InputError(f"{source}: neither a folder of crops nor a .txt list of paths")
     if source.is_file():
-        if source.suffix != ".txt":
-            raise InputError(f"{source}: neither a folder of crops nor a .txt list of paths")
         return Dataset("luperson", source, PathList(source, source.parent), [], [])
     index = source.with_name(source.name + ".index.txt")
     if not index.exists():
         print(f"listing {source} once ...", flush=True)
-        paths = [os.path.relpath(p, source) for p in list_images(source, True)]
-        broken = [p for p in paths if "\n" in p or "\r" in p]
-        if broken:
-            raise InputError(f"{source}: {broken[0]!r} has a line break in its name and cannot be "
-                             f"listed; rename it")
-        text = "\n".join([*paths, ""])
-        if not os.access(index.parent, os.W_OK):
+        paths = [os.path.relpath(p, source) for p in list_images(source)]
+        if not paths or any(re.search("[\r\n]", p) for p in paths):
+            raise InputError(f"{source}: holds no image, or one with a line break in its name")
+        if not os.access(index.parent, os.W_OK):  # then the list is kept for this run alone
             index = Path(tempfile.mkdtemp()) / index.name
-            print(f"WARNING: {source.parent} is not writable, "
-                  f"the list is kept in {index} for this run")
-        write_atomic(index, lambda f: f.write(text.encode("utf-8", "surrogateescape")))
+        write_atomic(index, lambda f: f.write(os.fsencode("\n".join([*paths, ""]))))
     return Dataset("luperson", source, PathList(index, source), [], [], note=f"listed in {index}")
 
 
@@ -477,34 +446,23 @@ def write_atomic(file: Path, write) -> None:
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         partial.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-        raise InputError(f"{file}: cannot be written ({reason}); is the folder writable, "
-                         f"the disk full?") from None
+        raise InputError(f"{file}: cannot be written ({reason}); is the disk full?") from None
 
 
-# ---------------------------------------------------------------------------------------------
-# Reading images
-# ---------------------------------------------------------------------------------------------
-
-
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF")  # others (EPS!) would start other programs
 MOST_PIXELS = 1 << 26  # 67 million, more than most phones take; a small file can claim gigapixels
 
 
-def read_image(path: str, size: tuple[int, int], interpolation: Image.Resampling,
-               content: bytes | None = None) -> Tensor:
-    """Decode any image mode to RGB and resize: uint8 (3, H, W) for size (H, W).
-
-    content: the file's bytes, when they are at hand. Raises InputError that names the file when
-    it cannot be decoded.
-    """
+def read_image(path: str, size: tuple[int, int], interpolation: Image.Resampling) -> Tensor:
+    """Decode any image mode to RGB and resize: uint8 (3, H, W) for size (H, W). Raises InputError
+    that names the file when it cannot be decoded."""
     try:
-        content = Path(path).read_bytes() if content is None else content
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        content = Path(path).read_bytes()
+        with Image.open(io.BytesIO(content), formats=tuple(SUFFIXES.values())) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are too many, at "
                                  f"most {MOST_PIXELS:,}")
-            if image.mode.startswith("I"):  # 16 bits; convert() would cut at 255
-                image = image.point(lambda value: value / 256).convert("L")
+            if image.mode[0] in "IF":
+                image = eight_bits(image)
             ImageOps.exif_transpose(image, in_place=True)  # phones store photos on their side
             image = image.convert("RGB").resize(size[::-1], interpolation)  # Pillow: (W, H)
     except Exception as error:  # broken bytes make decoders raise anything at all
@@ -515,94 +473,64 @@ def read_image(path: str, size: tuple[int, int], interpolation: Image.Resampling
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-class Images(torch.utils.data.Dataset):
-    """Training images as uint8 batches; a broken image is replaced by another and reported.
+def eight_bits(image: Image.Image) -> Image.Image:
+    """Grey levels as numbers of 16 or 32 bits, to 0 .. 255; Pillow would cut them off at 255. A
+    range that could be either of two (12 bits in 16, or a dark image) raises ValueError."""
+    values = np.asarray(image).astype(np.float64)
+    low, high, whole = values.min(), values.max(), image.mode[0] == "I"
+    scale = 255 if high <= 1 and not whole else 1 if high <= 255 else 1 / 257
+    if not (low >= 0 and (high <= 255 or whole and 2 ** 15 <= high < 2 ** 16)):
+        raise ValueError(f"its grey levels go from {low:g} to {high:g}, which is no known range; "
+                         f"save it with 8 bits a channel")
+    return Image.fromarray((values * scale).round().astype(np.uint8))
 
-    __getitems__(indices) -> images (B, 3, H, W), asked (B,), used (B,): where used differs from
-    asked the file was broken, and the next readable image of the same identity (or, failing that,
-    of the list) stands in. Resized images are kept in memory if all fit in `cache_bytes` (default:
-    a quarter of `memory()`, shared by torchrun's processes): nothing random happens before, so a
-    second epoch decodes nothing. Only workers that are not forked (macOS, Python 3.14) decode anew.
+
+class Images(torch.utils.data.Dataset):
+    """Training images as uint8 batches, with all that their views need drawn.
+
+    PyTorch's loader calls `__getitems__` with a batch [(step, place, index), ...] of a sampler ->
+    images (B, 3, H, W) and a dictionary:
+    "numbers" (B, ...) as `views` takes them, "pids" (B,), "replaced": the indices of broken files,
+    in whose place stands the next readable image of the same identity (or, failing that, of the
+    list); "others": what `draw(generator)` gives for each image, stacked along dimension 1.
     """
 
-    def __init__(self, records: Sequence[Record], size: tuple[int, int],
-                 cache_bytes: int | None = None):
-        self.records, self.size = records, size
-        each = 3 * size[0] * size[1]
-        self.cache = self.filled = None
-        can_fork = hasattr(os, "fork")
-        if cache_bytes is None:
-            cache_bytes = memory() // 4 // processes_here() if can_fork else 0
-        if can_fork and 0 < len(records) * each <= cache_bytes:
-            # anonymous shared memory: forked workers fill one cache, and no /dev/shm limit applies
-            self.cache = shared_uint8(len(records) * each).view(len(records), 3, *size)
-            self.filled = shared_uint8(len(records))
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getstate__(self):  # shared memory does not survive pickling; such a worker decodes again
-        return {**self.__dict__, "cache": None, "filled": None}
+    def __init__(self, records: Sequence[Record], views, seed: int = 0, draw=None):
+        self.records, self.views, self.seed, self.draw = records, views, seed, draw
 
     def read(self, i: int) -> Tensor:
-        if self.filled is not None and self.filled[i]:
-            return self.cache[i]
-        image = read_image(self.records[i].path, self.size, Image.Resampling.BICUBIC)
-        if self.filled is not None:
-            self.cache[i] = image
-            self.filled[i] = 1  # after the pixels: another worker must never see half an image
-        return image
+        return read_image(self.records[i].path, self.views.size, Image.Resampling.BICUBIC)
 
-    def substitutes(self, i: int):
-        n, pid = len(self.records), self.records[i].pid
-        others = [(i + step) % n for step in range(1, min(n, 1000))]
-        return sorted(others, key=lambda j: self.records[j].pid != pid)  # stable: nearest first
+    def read_or_replace(self, i: int) -> tuple[Tensor, int]:
+        """The image, or that of another which can be read, and its index."""
+        try:
+            return self.read(i), i
+        except InputError as error:
+            n, pid = len(self.records), self.records[i].pid
+            others = [(i + step) % n for step in range(1, min(n, 1000))]
+            # the sort is stable: of the same identity, and of all others, the nearest first
+            for j in sorted(others, key=lambda j: self.records[j].pid != pid):
+                with contextlib.suppress(InputError):
+                    return self.read(j), j
+            raise InputError(f"{error}; no readable image was found near it") from None
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        images, used = [], []
-        for i in indices:
-            try:
-                image, j = self.read(i), i
-            except InputError as error:
-                for j in self.substitutes(i):
-                    try:
-                        image = self.read(j)
-                        break
-                    except InputError:
-                        continue
-                else:
-                    raise InputError(f"{error}; no readable image was found near it") from None
-            images.append(image)
-            used.append(j)
-        return torch.stack(images), torch.tensor(indices), torch.tensor(used)
-
-
-def memory(control: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> int:
-    """Bytes this process may use: the machine's, or less in a container or a batch job (Linux)."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    with contextlib.suppress(OSError):
-        group = Path(control, Path(own).read_text().rpartition("::")[2].strip().lstrip("/"))
-        for folder in (group, *group.parents):
-            with contextlib.suppress(OSError, ValueError):  # no limit here: no file, or "max"
-                limits.append(int((folder / "memory.max").read_text()))
-    return min(limits)
-
-
-def processes_here() -> int:
-    """Of torchrun's processes, how many run on this machine; 1 without torchrun."""
-    here = os.environ.get("LOCAL_WORLD_SIZE", "")
-    return max(int(here) if here.isdecimal() else 1, 1)
+    def __getitems__(self, batch: list[tuple[int, int, int]]) -> tuple[Tensor, dict]:
+        images, used = zip(*(self.read_or_replace(index) for _, _, index in batch))
+        generators = [step_generator(self.seed, step, place) for step, place, _ in batch]
+        uniforms = torch.stack([torch.rand(self.views.uniforms, generator=g) for g in generators])
+        drawn = {"numbers": self.views.draw(uniforms),
+                 "pids": torch.tensor([self.records[j].pid for j in used]),
+                 "replaced": [i for (_, _, i), j in zip(batch, used) if i != j]}
+        others = [self.draw(g) if self.draw else {} for g in generators]
+        drawn["others"] = {k: torch.stack([other[k] for other in others], dim=1) for k in others[0]}
+        return torch.stack(images), drawn
 
 
 def cores() -> int:
     """Cores of this process: those it may use, shared with torchrun's others here; at least 1."""
-    able = hasattr(os, "sched_getaffinity")  # else: macOS, Windows
-    usable = len(os.sched_getaffinity(0)) if able else os.cpu_count() or 1
-    return max(usable // processes_here(), 1)
-
-
-def shared_uint8(n: int) -> Tensor:
-    return torch.frombuffer(mmap.mmap(-1, n), dtype=torch.uint8)
+    # macOS and Windows do not say which it may use
+    n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(n // int(os.environ.get("LOCAL_WORLD_SIZE") or 1), 1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -644,13 +572,11 @@ class PKSampler:
         pids = np.asarray(pids)
         order = np.argsort(pids, kind="stable")
         self.members = np.split(order, np.flatnonzero(np.diff(pids[order])) + 1)  # indices per id
-        if len(self.members) < max(num_ids, 2):
-            raise InputError(f"a batch needs {max(num_ids, 2)} identities, the training set has "
-                             f"{len(self.members) if len(pids) else 0}; "
-                             f"--ids sets how many, 2 at least, and --labelled takes a share")
+        if len(self.members) < max(num_ids, 2) or min(num_ids, num_images) < 1:
+            raise InputError(f"a batch needs {max(num_ids, 2)} identities and one image of each, "
+                             f"the training set has {len(np.unique(pids))}; see --ids, --images")
         if num_ids % world:
-            raise InputError(f"--ids {num_ids}: the identities of a batch cannot be shared evenly "
-                             f"by {world} processes")
+            raise InputError(f"--ids {num_ids} cannot be shared evenly by {world} processes")
         groups = np.array([-(-len(m) // num_images) for m in self.members])
         self.length = int(max(groups.max(), -(-groups.sum() // num_ids)))
 
@@ -668,70 +594,454 @@ class PKSampler:
             groups.append(list(np.resize(shuffled, (-(-len(shuffled) // self.K), self.K))))
         left = np.array([len(g) for g in groups])
         share = self.P // self.world
-        for batches_left in range(self.length, 0, -1):
+        for i in range(self.length):
             # P identities without replacement, in proportion to the groups they have left (the
             # Gumbel-max trick); one that needs every batch to come goes first, so none is left over
             score = np.log(np.maximum(left, 1e-9)) + rng.gumbel(size=len(left))
-            score[left == batches_left] = np.inf
-            chosen = np.argsort(-score)[:self.P]
+            score[left == self.length - i] = np.inf
             batch = []
-            for i in chosen:
-                if left[i]:
-                    left[i] -= 1
-                    batch.append(groups[i].pop())
+            for pid in np.argsort(-score)[:self.P]:
+                if left[pid]:
+                    left[pid] -= 1
+                    batch.append(groups[pid].pop())
                 else:
-                    batch.append(np.resize(rng.permutation(self.members[i]), self.K))
-            mine = batch[self.rank * share:(self.rank + 1) * share]
-            yield np.concatenate(mine).tolist()
+                    batch.append(np.resize(rng.permutation(self.members[pid]), self.K))
+            mine = np.concatenate(batch[self.rank * share:(self.rank + 1) * share])
+            yield placed(self.epoch * self.length + i, self.rank * len(mine), mine)
 
 
 class ShuffleSampler:
-    """Batches of shuffled indices without identities; the last, incomplete batch is dropped.
+    """Batches of shuffled images without identities; the last, incomplete one is dropped.
 
-    Order is a function of (seed, epoch); `rank` takes its part of each global batch of
-    world * batch_size. Raises InputError when there are fewer images than one global batch.
+    Order is a function of (seed, epoch). Of each step's `batch` images `rank` takes its part of
+    `world`, cut into `passes`, which are yielded one after another. Raises InputError when there
+    are fewer images than one batch.
     """
 
-    def __init__(self, n: int, batch_size: int, seed: int = 0, rank: int = 0, world: int = 1):
-        if n < batch_size * world:
-            raise InputError(f"a batch of {batch_size * world} needs that many images, "
-                             f"the set has {n}; use a smaller --batch")
-        self.n, self.batch, self.seed, self.rank, self.world = n, batch_size, seed, rank, world
+    def __init__(self, n: int, batch: int, seed: int = 0, rank: int = 0, world: int = 1,
+                 passes: int = 1):
+        if n < batch:
+            raise InputError(f"a batch of {batch} needs that many images, the set has {n}; use a "
+                             f"smaller --batch")
+        self.n, self.batch, self.seed, self.rank, self.passes = n, batch, seed, rank, passes
+        self.part = batch // (world * passes)
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.n // (self.batch * self.world)
+        return self.n // self.batch
 
     def __iter__(self):
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.n)
-        for first in range(0, len(self) * self.batch * self.world, self.batch * self.world):
-            first += self.rank * self.batch
-            yield order[first:first + self.batch].tolist()
+        for i in range(len(self)):
+            whole = order[i * self.batch:(i + 1) * self.batch]
+            for part in range(self.rank * self.passes, (self.rank + 1) * self.passes):
+                first = part * self.part
+                yield placed(self.epoch * len(self) + i, first, whole[first:first + self.part])
 
 
-def make_parser() -> argparse.ArgumentParser:
+def placed(step: int, first: int, indices: np.ndarray) -> list[tuple[int, int, int]]:
+    """(step, place in the whole batch, image) of images that follow one another in a batch."""
+    return [(step, first + i, int(index)) for i, index in enumerate(indices)]
+
+
+def from_step(sampler: PKSampler | ShuffleSampler, first: int, last: int):
+    """The batches of a sampler from step `first` on, until `last` steps, whole epochs, are done."""
+    for epoch in range(first // len(sampler), last // len(sampler)):
+        sampler.set_epoch(epoch)
+        yield from (batch for batch in sampler if batch[0][0] >= first)
+
+
+# ---------------------------------------------------------------------------------------------
+# Random numbers of views, drawn by the workers
+# ---------------------------------------------------------------------------------------------
+
+def step_generator(*key: int, device: str | torch.device = "cpu") -> torch.Generator:
+    """A generator set by the key alone, so that going on at a step needs no stored state.
+
+    Keys in use, so that none shares another's numbers: (seed, step, place) views and masks; (seed,
+    step, 0, 1) noise of erasing; (seed, step, process, 2) stochastic depth.
+    """
+    state = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    return torch.Generator(device).manual_seed(state)
+
+
+class Draws:
+    """Rows of uniform numbers (..., U), used up from left to right by what they decide.
+
+    A row is an image's, or a view's; shapes below leave out `...`, the rows' own. Probabilities may
+    differ by the last of these dimensions.
+    """
+
+    def __init__(self, uniforms: Tensor):
+        self.uniforms, self.used = uniforms, 0
+
+    def uniform(self, low: float, high: float, n: int) -> Tensor:
+        """(n,) from U(low, high)."""
+        self.used += n
+        assert self.used <= self.uniforms.shape[-1], "more numbers than a row has"
+        return low + (high - low) * self.uniforms[..., self.used - n:self.used]
+
+    def chance(self, p: float | Tensor) -> Tensor:
+        """() a boolean, True with probability p."""
+        return self.uniform(0, 1, 1)[..., 0] < p
+
+    def rectangles(self, H: int, W: int, area: tuple[float, float], aspect: tuple[float, float],
+                   whole: bool, log: bool = True) -> tuple[Tensor, Tensor]:
+        """(4,) top, left, height, width, and () whether one was found; area as a share of H W.
+
+        aspect = height / width, log-uniform or uniform. One that does not fit is drawn again, ten
+        draws at most; `whole` allows sides as long as the image's. Takes 22 numbers.
+        """
+        areas = self.uniform(*area, 10) * H * W
+        aspects = (self.uniform(math.log(aspect[0]), math.log(aspect[1]), 10).exp() if log else
+                   self.uniform(*aspect, 10))
+        h, w = (areas * aspects).sqrt().round(), (areas / aspects).sqrt().round()    # (10,)
+        # True is 1: a side may equal the image's if `whole`
+        fits = (h < H + whole) & (w < W + whole) & (h > 0) & (w > 0)
+        first = fits.int().argmax(-1, keepdim=True)
+        h, w = h.gather(-1, first)[..., 0], w.gather(-1, first)[..., 0]
+        top, left = self.uniform(0, 1, 2).unbind(-1)
+        top, left = (top * (H - h + 1)).floor(), (left * (W - w + 1)).floor()
+        return torch.stack([top, left, h, w], dim=-1), fits.any(-1)
+
+    def crops(self, H: int, W: int, area: tuple[float, float],
+              aspect: tuple[float, float]) -> Tensor:
+        """(4,) top, left, height, width of random crops; aspect = width / height, and the whole
+        image where no crop fits. Takes 22 numbers."""
+        boxes, found = self.rectangles(H, W, area, (1 / aspect[1], 1 / aspect[0]), whole=True)
+        return torch.where(found[..., None], boxes, torch.tensor([0.0, 0.0, H, W]))
+
+    def erasures(self, H: int, W: int, area: tuple[float, float], log: bool = True) -> Tensor:
+        """(4,) top, left, height, width to erase, with probability 0.5, else all 0. Takes 23."""
+        boxes, found = self.rectangles(H, W, area, (0.3, 1 / 0.3), whole=False, log=log)
+        return boxes * (self.chance(0.5) & found)[..., None]
+
+    def view(self, H: int, W: int, area: tuple[float, float], aspect: tuple[float, float],
+             blurred: float | Tensor) -> Tensor:
+        """(7,) a crop's top, left, height, width; flip 0.5, greyscale 0.2, and the sigma of a blur
+        of that probability. Takes 26."""
+        box, flip, colourless = self.crops(H, W, area, aspect), self.chance(0.5), self.chance(0.2)
+        sigma = torch.where(self.chance(blurred), self.uniform(0.1, 2, 1)[..., 0], 0.01)
+        return torch.cat([box, torch.stack([flip, colourless, sigma], dim=-1)], dim=-1)
+
+    def colours(self, strengths: tuple[float, ...], p: float) -> Tensor:
+        """(13,) for `colour_jitter`, with probability p: kinds of six blends, -1 for none, their
+        factors, the turn of the hue; in an order of the four that is drawn too. Takes 6.
+
+        Whatever the order, the hue is turned once, with what comes before it among the first three
+        blends and what comes after among the last three: one road for a whole batch.
+        """
+        change = self.uniform(-1, 1, 4) * torch.tensor(strengths) * self.chance(p)[..., None]
+        order = ORDERS[self.uniform(0, len(ORDERS), 1)[..., 0].long()]               # (4,)
+        place, hue = torch.arange(4), (order == HUE).int().argmax(-1, keepdim=True)  # (4,), (1,)
+        kinds = torch.cat([torch.where(place < hue, order, -1)[..., :3],
+                           torch.where(place > hue, order, -1)[..., 1:]], dim=-1)    # (6,)
+        factors = 1 + change.gather(-1, kinds.clamp(min=0)) * (kinds >= 0)
+        return torch.cat([kinds, factors, change[..., HUE:]], dim=-1)
+
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+ORDERS = torch.tensor(list(itertools.permutations(range(4))))                        # (24, 4)
+
+# ---------------------------------------------------------------------------------------------
+# Pixels of views, changed on the device
+# ---------------------------------------------------------------------------------------------
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+LUP_MEAN, LUP_STD = (0.3525, 0.3106, 0.3140), (0.2660, 0.2522, 0.2505)  # of LUPerson [LUP]
+LUMA = (0.299, 0.587, 0.114)  # of ITU-R 601, as Pillow and torchvision have it
+
+
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8, or floats in [0, 1], (B, 3, H, W) -> float32 of about zero mean, unit variance."""
+    images = images.float() / 255 if images.dtype == torch.uint8 else images
+    # by numbers, as tensors of them would have to be copied to a GPU in every step
+    return torch.stack([(x - m) / s for x, m, s in zip(images.unbind(1), mean, std)], dim=1)
+
+
+def inside(boxes: Tensor, H: int, W: int) -> Tensor:
+    """(n, 4) top, left, height, width -> (n, 1, H, W), True inside the box."""
+    top, left, h, w = boxes.T[:, :, None]                                    # (n, 1) each
+    y, x = torch.arange(H, device=boxes.device), torch.arange(W, device=boxes.device)
+    rows, columns = (y >= top) & (y < top + h), (x >= left) & (x < left + w)
+    return (rows[:, :, None] & columns[:, None, :])[:, None]
+
+
+def resize_matrix(start: Tensor, length: Tensor, n: int, out: int,
+                  flip: Tensor | None = None) -> Tensor:
+    """Bicubic, antialiased resampling of [start, start + length) of n pixels to `out`, as matrices.
+
+    start, length (B,) -> (B, out, n), rows summing to 1; flip (B,) reverses the result. A resize is
+    linear and separable: rows @ image @ columns^T crops, resizes and flips a whole batch at once.
+    Source: Pillow's rule (support grows with the scale, nothing outside the crop is seen).
+    """
+    start, length = start[:, None, None], length[:, None, None]
+    scale = length / out
+    wide = scale.clamp(min=1)                                                # shrinking: antialias
+    centre = start + (torch.arange(out, device=start.device)[None, :, None] + 0.5) * scale
+    pixel = torch.arange(n, device=start.device)[None, None, :] + 0.5
+    x = ((pixel - centre) / wide).abs()                                      # (B, out, n)
+    # Keys' cubic with a = -0.5, the only one of them that reproduces straight lines
+    weight = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2)
+    weight = weight * ((x < 2) & (pixel > start) & (pixel < start + length))
+    weight = weight / weight.sum(2, keepdim=True)
+    return weight if flip is None else torch.where(flip[:, None, None], weight.flip(1), weight)
+
+
+def crop_resize(x: Tensor, boxes: Tensor, flip: Tensor, size: tuple[int, int]) -> Tensor:
+    """Cut out boxes (n, 4), resize, mirror where flip (n,): (n, 3, H, W) -> (n, 3, *size)."""
+    (H, W), (top, left, h, w) = x.shape[2:], boxes.unbind(1)
+    rows = resize_matrix(top, h, H, size[0])                                 # (n, size[0], H)
+    columns = resize_matrix(left, w, W, size[1], flip > 0)                   # (n, size[1], W)
+    return (rows[:, None] @ x @ columns[:, None].mT).clamp(0, 1)
+
+
+def blur_matrix(sigma: Tensor, n: int, reach: int = 6) -> Tensor:
+    """Gaussian blur along n pixels, mirrored at the ends: sigma (B,) in pixels -> (B, n, n).
+    reach: pixels to either side, 3 times the largest sigma, which is 2 [ours]."""
+    offset = torch.arange(-reach, reach + 1, device=sigma.device)
+    weight = torch.exp(-0.5 * (offset / sigma[:, None]) ** 2)                # (B, 2 reach + 1)
+    weight = weight / weight.sum(1, keepdim=True)
+    source = torch.arange(n, device=sigma.device)[:, None] + offset          # (n, 2 reach + 1)
+    source = (n - 1 - (n - 1 - source.abs()).abs()).clamp(0, n - 1)
+    matrix = torch.zeros(len(sigma), n, n, device=sigma.device)
+    return matrix.scatter_add_(2, source.expand(len(sigma), -1, -1),
+                               weight[:, None, :].expand(-1, n, -1).contiguous())
+
+
+def blur(x: Tensor, sigma: Tensor) -> Tensor:
+    """Gaussian blur of images (n, 3, h, w) by sigma (n,) in pixels."""
+    vertical, horizontal = (blur_matrix(sigma, n)[:, None] for n in x.shape[2:])
+    return vertical @ x @ horizontal.mT
+
+
+def grey(images: Tensor) -> Tensor:
+    """(B, 3, h, w) -> (B, 1, h, w)."""
+    r, g, b = images.split(1, dim=1)
+    return LUMA[0] * r + LUMA[1] * g + LUMA[2] * b
+
+
+def blend(images: Tensor, kind: Tensor, factor: Tensor) -> Tensor:
+    """Images (n, 3, h, w) in [0, 1] -> other + factor (images - other), where `other` is, by kind
+    (n, 1, 1, 1): black for BRIGHTNESS, the mean grey for CONTRAST, the pixel's for SATURATION."""
+    pixel = grey(images)                                                     # (n, 1, h, w)
+    other = torch.where(kind == CONTRAST, pixel.mean((2, 3), keepdim=True), pixel)
+    other = torch.where(kind <= BRIGHTNESS, 0, other)
+    return torch.lerp(other, images, factor).clamp_(0, 1)
+
+
+def shift_hue(images: Tensor, turn: Tensor) -> Tensor:
+    """Rotate the hue of RGB in [0, 1] by `turn` (B, 1, 1, 1) of the colour circle, through HSV."""
+    high, low = images.amax(1, keepdim=True), images.amin(1, keepdim=True)
+    chroma = high - low
+    r, g, b = images.split(1, dim=1)
+    safe = torch.where(chroma == 0, 1, chroma)
+    hue = torch.where(high == r, (g - b) / safe, torch.where(high == g, 2 + (b - r) / safe,
+                                                             4 + (r - g) / safe))  # in sixths
+    sixth = torch.cat([hue + 6 * turn + k for k in (5, 3, 1)], dim=1) % 6
+    return high - chroma * torch.minimum(sixth, 4 - sixth).clamp(0, 1)       # (B, 3, h, w)
+
+
+def colour_jitter(images: Tensor, numbers: Tensor) -> Tensor:
+    """Images (n, 3, h, w) in [0, 1], numbers (n, 13) of `Draws.colours`: three blends, a turn of
+    the hue, three blends. Factors of 1 and a turn of 0 change nothing."""
+    kinds, factors, turn = numbers[..., None, None, None].split((6, 6, 1), dim=1)
+    for i in range(6):
+        images = shift_hue(images, turn[:, 0]) if i == 3 else images
+        images = blend(images, kinds[:, i], factors[:, i])
+    return images
+
+
+def render(x: Tensor, numbers: Tensor, size: tuple[int, int]) -> Tensor:
+    """Images (n, 3, H, W) in [0, 1] -> (n, 3, *size): crop, resize, flip, change colours, turn
+    grey, blur. numbers (n, 7) of `Draws.view`, or (n, 20) with those of `Draws.colours`."""
+    boxes, (flip, colourless, sigma) = numbers[:, :4], numbers[:, 4:7].T
+    x = crop_resize(x, boxes, flip, size)
+    x = colour_jitter(x, numbers[:, 7:]) if numbers.shape[1] > 7 else x
+    x = torch.where(colourless.view(-1, 1, 1, 1) > 0, grey(x), x)
+    return blur(x, sigma)
+
+
+class FineTuneTransform:
+    """Flip, pad + random crop, normalise, random erasing: uint8 -> float32, both (B, 3, H, W).
+
+    In the order of the reference pipeline (PersonViT's fine-tuning; images come resized to `size`):
+    flip with probability 0.5; pad 10 black pixels, crop back at a random place; normalise; with
+    probability 0.5 erase a rectangle of at least 2 % of the image, of aspect 0.3 to 1/0.3
+    (timm's defaults [from memory]). noise: of up to a third, filled with normal noise per pixel
+    [PersonViT code]; else of up to 40 %, filled with the mean colour, 0 after normalisation [BoT].
+    """
+
+    uniforms = 26  # numbers of an image
+
+    def __init__(self, size: tuple[int, int], mean: Sequence[float], std: Sequence[float],
+                 noise: bool = True, pad: int = 10, rank: int = 0, world: int = 1):
+        self.size, self.mean, self.std, self.noise, self.pad = size, mean, std, noise, pad
+        self.rank, self.world = rank, world
+
+    def draw(self, uniforms: Tensor) -> Tensor:
+        """(B, 26) -> (B, 7): flip, top and left of the crop; top, left, height, width erased."""
+        draws = Draws(uniforms)
+        flip, crop = draws.chance(0.5), draws.uniform(0, 2 * self.pad + 1, 2).floor()
+        erased = draws.erasures(*self.size, (0.02, 1 / 3 if self.noise else 0.4))
+        return torch.cat([flip[:, None], crop, erased], dim=1)
+
+    def __call__(self, images: Tensor, numbers: Tensor,
+                 generator: torch.Generator | None = None) -> Tensor:
+        """generator: of the device, for noise; drawn for the images of all processes, as one would
+        draw it, of which each takes its own."""
+        (B, _, H, W), device, margin = images.shape, images.device, 2 * self.pad
+        (flip, top, left), erased = numbers[:, :3].T, inside(numbers[:, 3:], H, W)
+        rows = top.long()[:, None] + torch.arange(H, device=device)          # (B, H)
+        columns = left.long()[:, None] + torch.arange(W, device=device)      # (B, W)
+        columns = torch.where(flip[:, None] > 0, W + margin - 1 - columns, columns)  # flip first
+        x = F.pad(images, [self.pad] * 4)                                    # (B, 3, H+20, W+20)
+        x = x.gather(2, rows[:, None, :, None].expand(-1, 3, -1, W + margin))
+        x = x.gather(3, columns[:, None, None, :].expand(-1, 3, H, -1))      # (B, 3, H, W)
+        x = normalize(x, self.mean, self.std)
+        if not self.noise:
+            return x.masked_fill(erased, 0)
+        noise = torch.randn((B * self.world, 3, H, W), device=device, generator=generator)
+        return torch.where(erased, noise[self.rank * B:(self.rank + 1) * B], x)
+
+
+class MultiCrop:
+    """Two global and L local views for self-distillation: uint8 (B, 3, H, W) -> dict of float32.
+
+    "globals" (2, B, 3, *size) and "locals" (L, B, 3, size / 2). Each view: random resized crop
+    (scales are shares of the image's area, aspects width / height), flip 0.5, colour jitter
+    (0.4, 0.4, 0.2, 0.1) with probability 0.8, greyscale 0.2, Gaussian blur of sigma U(0.1, 2) with
+    probability 1, 0.1, 0.5 (first global, second, local), solarisation 0.2 on the second global,
+    ImageNet statistics [iBOT, DINO]. Scales and aspects: see `PersonViTRecipe`. Ours: images come
+    resized to `size`, where iBOT crops the original file; a crop that fits nowhere is the whole
+    image.
+    """
+
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
+    each = 33  # uniform numbers of a view
+
+    def __init__(self, size: tuple[int, int] = (256, 128), num_local: int = 8,
+                 global_scale: tuple[float, float] = (0.4, 1.0),
+                 local_scale: tuple[float, float] = (0.05, 0.8),
+                 aspect: tuple[float, float] = (0.375, 0.667)):
+        self.size, self.local_size, self.num_local = size, (size[0] // 2, size[1] // 2), num_local
+        self.global_scale, self.local_scale, self.aspect = global_scale, local_scale, aspect
+        self.uniforms = (2 + num_local) * self.each
+
+    def draw(self, uniforms: Tensor) -> Tensor:
+        """(B, uniforms) -> (B, 2 + L, 21), the numbers that `show` takes."""
+        uniforms = uniforms.unflatten(1, (-1, self.each))                    # (B, 2 + L, 33)
+        whole = self.draw_views(uniforms[:, :2], self.global_scale, (1.0, 0.1), (0.0, 0.2))
+        local = self.draw_views(uniforms[:, 2:], self.local_scale, (0.5,), (0.0,))
+        return torch.cat([whole, local], dim=1)
+
+    def draw_views(self, uniforms: Tensor, scale: tuple[float, float], blurs: tuple[float, ...],
+                   solarizes: tuple[float, ...]) -> Tensor:
+        """(B, V, 33) -> (B, V, 21); probabilities of blur and solarisation by view."""
+        draws = Draws(uniforms)
+        view = draws.view(*self.size, scale, self.aspect, torch.tensor(blurs))
+        colours = draws.colours((0.4, 0.4, 0.2, 0.1), 0.8)
+        inverted = draws.chance(torch.tensor(solarizes))                     # (B, V)
+        return torch.cat([view, colours, inverted[..., None]], dim=-1)
+
+    def __call__(self, images: Tensor, numbers: Tensor) -> dict[str, Tensor]:
+        """numbers (B, 2 + L, 21), on the images' device."""
+        x, numbers = images.float() / 255, numbers.transpose(0, 1)           # (2 + L, B, 21)
+        return {"globals": self.show(x, numbers[:2], self.size),
+                "locals": self.show(x, numbers[2:], self.local_size)}
+
+    def show(self, x: Tensor, numbers: Tensor, size: tuple[int, int]) -> Tensor:
+        """V views of images (B, 3, H, W) in [0, 1], numbers (V, B, 21) -> (V, B, 3, *size)."""
+        V, B, _ = numbers.shape
+        numbers = numbers.flatten(0, 1)                                      # (V B, 21)
+        x = render(x.repeat(V, 1, 1, 1), numbers[:, :20], size)              # (V B, 3, *size)
+        x = torch.where((numbers[:, 20].view(-1, 1, 1, 1) > 0) & (x >= 0.5), 1 - x, x)
+        return normalize(x, self.mean, self.std).unflatten(0, (V, B))
+
+
+class ContrastViews:
+    """UP-ReID's views: uint8 (B, 3, H, W) -> dict of float32.
+
+    "first", "second" (B, 3, H, W): the image, augmented twice. "original": the image as it is, if
+    wanted. "stripes1", "stripes2" (B, M, 3, H / M, W), for M > 0: its M horizontal stripes, each
+    augmented twice like an image of its own. Cut first: crops cut later would pair a head with a
+    knee [ours U3].
+
+    Augmentation as LUPerson's ori-cj+sre [LUP]: random resized crop of 20 % to all of the area,
+    width / height 3/4 to 4/3 (torchvision's default, not adapted to people: those of more than two
+    thirds of a 2:1 image never fit, and all are stretched about twofold), greyscale 0.2, blur 0.5
+    with sigma U(0.1, 2), flip 0.5, normalisation with LUPerson's statistics, with probability 0.5 a
+    rectangle of 2 to 60 % of the area set to the mean colour. No colour jitter: colours of clothes
+    tell people apart. Ours: images come resized, where LUPerson crops the file; bicubic
+    (torchvision's default is bilinear); a crop that fits nowhere is the whole image; an erasure is
+    tried 10 times, not 100.
+    """
+
+    mean, std = LUP_MEAN, LUP_STD
+    each = 49  # uniform numbers of a view
+
+    def __init__(self, size: tuple[int, int] = (256, 128), original: bool = True,
+                 stripes: int = 4):
+        self.size, self.original, self.stripes = size, original, stripes
+        self.uniforms = (2 + 2 * stripes) * self.each
+
+    def draw(self, uniforms: Tensor) -> Tensor:
+        """(B, uniforms) -> (B, 2 + 2 M, 11), the numbers that `augment` takes: of the two views of
+        the image, then of its stripes, first and second views."""
+        uniforms, (H, W) = uniforms.unflatten(1, (-1, self.each)), self.size
+        return torch.cat([self.draw_views(uniforms[:, :2], H, W),
+                          self.draw_views(uniforms[:, 2:], H // max(self.stripes, 1), W)], dim=1)
+
+    def draw_views(self, uniforms: Tensor, h: int, w: int) -> Tensor:
+        """(B, V, 49) -> (B, V, 11) for images of h x w."""
+        draws = Draws(uniforms)
+        view = draws.view(h, w, (0.2, 1.0), (3 / 4, 4 / 3), 0.5)             # (B, V, 7)
+        return torch.cat([view, draws.erasures(h, w, (0.02, 0.6), log=False)], dim=-1)
+
+    def __call__(self, images: Tensor, numbers: Tensor) -> dict[str, Tensor]:
+        """numbers (B, 2 + 2 M, 11), on the images' device."""
+        x, M = images.float() / 255, self.stripes
+        views = {"first": self.augment(x[:, None], numbers[:, :1])[:, 0],    # (B, 3, H, W)
+                 "second": self.augment(x[:, None], numbers[:, 1:2])[:, 0]}
+        if self.original:
+            views["original"] = normalize(x, self.mean, self.std)
+        if M:
+            stripes = x.unflatten(2, (M, -1)).transpose(1, 2)                # (B, M, 3, H/M, W)
+            views["stripes1"] = self.augment(stripes, numbers[:, 2:2 + M])
+            views["stripes2"] = self.augment(stripes, numbers[:, 2 + M:])
+        return views
+
+    def augment(self, x: Tensor, numbers: Tensor) -> Tensor:
+        """V images or stripes of B people, (B, V, 3, h, w) in [0, 1], numbers (B, V, 11) -> the
+        same shape."""
+        (B, V, _, h, w), numbers = x.shape, numbers.flatten(0, 1)            # (B V, 11)
+        x = normalize(render(x.flatten(0, 1), numbers[:, :7], (h, w)), self.mean, self.std)
+        return x.masked_fill(inside(numbers[:, 7:], h, w), 0).unflatten(0, (B, V))
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Count a dataset, or draw synthetic people.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--dataset",
-                        help="a known set or any folder: counts beside the published ones")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--dataset", help="a known set or any folder: counts beside published ones")
+    what.add_argument("--synthetic", metavar="DIR", help="draw the synthetic people into a folder")
     parser.add_argument("--data-root", default="data", help="folder that holds the datasets")
     parser.add_argument("--train-only", action="store_true", help="MSMT17 without its val list")
-    parser.add_argument("--synthetic", metavar="DIR",
-                        help="draw the synthetic people into this folder")
-    return parser
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    parser = make_parser()
-    args = parser.parse_args()
-    if not args.dataset and not args.synthetic:
-        parser.error("nothing to do: give --dataset NAME or --synthetic DIR")
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
     if args.synthetic:
         print(f"wrote {make_synthetic(args.synthetic)}")
-    if args.dataset:
+    else:
         load_dataset(args.dataset, args.data_root, args.train_only)
 
 

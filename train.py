@@ -1,130 +1,132 @@
-"""Training: fine-tuning for ReID, and the command line of all training.
+"""Training: fine-tuning for ReID, the two training loops, and the command line of all training.
 
-P identities x K images -> backbone -> feature f -> BNNeck (a batch norm) -> classifier
+    pretrain      crops -> views -> losses of a paper's objective -> optimiser -> teacher
+    fine_tune     P identities x K images -> backbone -> feature f -> BNNeck -> classifier
 
-    L = cross-entropy(classifier(BN(f)), identity) + triplet(f)               weights 1 : 1
+        L = cross-entropy(classifier(BN(f)), identity) + triplet(f)           weights 1 : 1
 
 The identity loss knows only training identities; the triplet loss shapes distances, which is what
 ranks new people. Three steps equal the reference code's (tests/golden/finetune_3steps).
-Pre-training is in pretrain.py, what all runs share in runs.py, comparisons of many trainings in
-study.py. Read `fine_tune`.
 
-Exercises (answers: README). 1. Train with the soft margin (--arch vit_mini --seed 0 --margin none):
-where does the triplet loss stay, and what is the mAP? 2. Leave out the triplet loss (one term of
-`loss`; --arch vit_mini --seed 0), then the identity loss instead: what is each worth? 3. Train
-resnet_tiny with --seed 0, 1 and 2: how large must a gain be before it is one?
+A run lives in its folder under runs/: recipe.json, log.jsonl, checkpoint_<step>.pth, and at the end
+its weights. The same command goes on where the folder stopped. Under torchrun several processes
+share each batch, and the first alone writes. In a step the main process only launches: what is
+random was drawn by the workers (data.py), and it looks at what the device has computed when a line
+of the log or a checkpoint is due, and at no other time.
+
+Read `pretrain`, then `fine_tune`, then `Run`.
 """
 
 import argparse
-import dataclasses
+import atexit
+import contextlib
+import hashlib
+import inspect
 import json
 import math
-import typing
-from dataclasses import dataclass
+import os
+import re
+import shlex
+import signal
+import sys
+import time
+import warnings
+import zipfile
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from pathlib import Path
+from typing import ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from augment import IMAGENET_MEAN, IMAGENET_STD, FineTuneTransform
-from data import (NAMES, Images, InputError, PKSampler, command_line, cores, load_dataset,
-                  some_identities)
-from evaluate import device_name, evaluate, similarity_ranges
-from pretrain import LAPTOP_ARCHS, RECIPES, pretrain, pretrain_recipe_for
-from runs import (Machine, Run, all_rows, average_gradients, check_finite, check_recipe, cosine,
-                  default_threads, first_then_others, loop, open_run, option, processes,
-                  share_batch_norms)
-from upreid import gathered
-from weights import ARCHS, ReIDModel, build_backbone, load_weights
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+from data import (IMAGENET_MEAN, IMAGENET_STD, NAMES, ContrastViews, FineTuneTransform, Images,
+                  InputError, MultiCrop, PKSampler, ShuffleSampler, command_line, cores, from_step,
+                  load_dataset, some_identities, step_generator, write_atomic)
+from evaluate import (ARCHS, ReIDModel, build_backbone, device_name, evaluate, load_weights,
+                      make_loader, read_checkpoint, similarity_ranges)
+from personvit import PersonViTRecipe, cosine
+from upreid import UPReIDRecipe
 
 # ---------------------------------------------------------------------------------------------
-# Recipes: every hyper-parameter of fine-tuning in one table, each with its source
+# Fine-tuning: recipe, losses, schedule
 # ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Fine-tuning; the defaults are PersonViT's published recipe for ViT-S [PersonViT code], unless
-    another source is named."""
+    """Fine-tuning, a line per value; PersonViT's published recipe for ViT-S [PersonViT code],
+    unless another source is named."""
 
-    arch: str = option("vit_small", "backbone", choices=ARCHS)
-    size: tuple[int, int] = option((256, 128), "image height x width", 8, 4096)
-    epochs: int = option(120, "passes over the training images; 0 only evaluates", 0, 1e6)
-    ids: int = option(16, "P, identities per batch", 2, 1e5)
-    images: int = option(4, "K, images per identity", 1, 1e5)
-    optimizer: str = option("sgd", "sgd has momentum 0.9", choices=("sgd", "adam", "adamw"))
-    lr: float = option(4e-4, "peak learning rate, for batch 64 and pre-trained weights", 0, 1e3)
-    bias_lr: float = option(2.0, "factor on the learning rate of biases", 0, 1e3)
-    weight_decay: float = option(1e-4, "on every parameter", 0, 1e3)
-    schedule: str = option("cosine", "steps: x 0.1 after 1/3 and 7/12 of the epochs [BoT]",
-                           choices=("cosine", "steps"))
-    warmup: int = option(20, "epochs of linear warm-up from 1 %% of the rate", 0, 1e6)
-    smoothing: float = option(0.0, "label smoothing of the cross-entropy", 0, 1)
-    margin: float | None = option(None, "of the triplet; none: log(1 + exp(d_ap - d_an))", 0, 1e3)
-    labelled: float = option(1.0, "share of the identities that are trained on [ours]", 1e-6, 1)
-    drop_path: float = option(0.1, "stochastic depth of the last ViT block", 0, 0.99)
-    last_stride: int = option(1, "stride of the last ResNet stage [BoT]", choices=(1, 2))
-    erase: str = option("noise", "what random erasing leaves", choices=("noise", "mean"))
-    norm: str = option("half", "mean and std: all 0.5, or ImageNet's", choices=("half", "imagenet"))
-    neck_feat: str = option("before", "feature of the ranking: before or after the BNNeck",
-                            choices=("before", "after"))
-    seed: int = option(1234, "of everything random", 0, 2 ** 32 - 1)
-    bf16: bool = option(False, "bfloat16 in the network; on by default on a GPU")
+    arch: Literal[tuple(ARCHS)] = "vit_small"  # backbone
+    size: tuple[int, int] = (256, 128)  # image height x width
+    epochs: int = 120                   # passes over the training images; 0 only evaluates
+    ids: int = 16                       # P, identities per batch
+    images: int = 4                     # K, images per identity
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"  # sgd has momentum 0.9
+    lr: float = 4e-4                    # peak learning rate, for batch 64 and pre-trained weights
+    bias_lr: float = 2.0                # factor on the learning rate of biases
+    weight_decay: float = 1e-4          # on every parameter
+    schedule: Literal["cosine", "steps"] = "cosine"  # steps: x 0.1 after 1/3, 7/12 of epochs [BoT]
+    warmup: int = 20                    # epochs of linear warm-up from 1 % of the rate
+    smoothing: float = 0.0              # label smoothing of the cross-entropy
+    margin: float | None = None         # of the triplet; none: log(1 + exp(d_ap - d_an))
+    labelled: float = 1.0               # share of the identities that are trained on [ours]
+    drop_path: float = 0.1              # stochastic depth of the last ViT block
+    last_stride: Literal[1, 2] = 1      # stride of the last ResNet stage [BoT]
+    erase: Literal["noise", "mean"] = "noise"        # what random erasing leaves
+    norm: Literal["half", "imagenet"] = "half"       # mean and std: all 0.5, or ImageNet's
+    neck_feat: Literal["before", "after"] = "before"  # feature of the ranking: around the BNNeck
+    seed: int = 1234                    # of everything random
+    bf16: bool = False                  # bfloat16 in the network; on by default on a GPU
 
-    @property
-    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and std of the normalisation, per RGB channel in [0, 1]."""
-        half = (0.5, 0.5, 0.5)
-        return (half, half) if self.norm == "half" else (IMAGENET_MEAN, IMAGENET_STD)
+    # "Bag of Tricks" for ResNet-50 (reid-strong-baseline): network, neck and last stride are its
+    # paper's, and the losses but for its centre loss; the numbers are from memory, to be checked
+    # against its configuration files. [BoT]
+    BAG_OF_TRICKS: ClassVar = dict(optimizer="adam", lr=3.5e-4, bias_lr=1.0, weight_decay=5e-4,
+                                   schedule="steps", warmup=10, smoothing=0.1, margin=0.3,
+                                   erase="mean", norm="imagenet", neck_feat="after")
+    # Small nets from random weights on a CPU in minutes. With a margin of 0.3 a ViT's features stay
+    # nearly parallel (cosines above 0.999); the BNNeck subtracts their mean, hence "after". [ours]
+    LAPTOP: ClassVar = dict(size=(128, 64), epochs=24, optimizer="adamw", lr=1e-3, bias_lr=1.0,
+                            weight_decay=0.05, schedule="cosine", warmup=3, smoothing=0.1,
+                            margin=0.3, neck_feat="after")
 
-
-# "Bag of Tricks" for ResNet-50 (reid-strong-baseline): network, neck and last stride are its
-# paper's, and the losses but for its centre loss; the numbers are from memory, to be checked
-# against its configuration files. [BoT]
-BAG_OF_TRICKS = dict(optimizer="adam", lr=3.5e-4, bias_lr=1.0, weight_decay=5e-4, schedule="steps",
-                     warmup=10, smoothing=0.1, margin=0.3, erase="mean", norm="imagenet",
-                     neck_feat="after")
-# Small nets from random weights on a CPU in minutes. With a margin of 0.3 a ViT's features stay
-# nearly parallel (cosines above 0.999); the BNNeck subtracts their mean, hence "after". [ours]
-LAPTOP = dict(size=(128, 64), epochs=24, optimizer="adamw", lr=1e-3, bias_lr=1.0,
-              weight_decay=0.05, schedule="cosine", warmup=3, smoothing=0.1, margin=0.3,
-              neck_feat="after")
-
-
-def recipe_for(dataset: str, arch: str | None = None) -> Recipe:
-    """The fine-tuning recipe of a dataset (name or path) and a backbone; arch=None: the usual."""
-    dataset = Path(dataset).stem.lower()
-    arch = arch or ("resnet_tiny" if dataset == "synthetic" else "vit_small")
-    values = BAG_OF_TRICKS if arch.startswith("resnet") else {}
-    if dataset == "synthetic" or arch in LAPTOP_ARCHS.values():
-        values = values | LAPTOP
-    elif (dataset, arch) == ("market1501", "vit_base"):
-        values = values | dict(warmup=5)  # its configuration leaves the entry out [PersonViT code]
-    return Recipe(arch=arch, **values)
+    @classmethod
+    def preset(cls, dataset: str, arch: str | None = None) -> "Recipe":
+        """The recipe for a dataset's name and a backbone; arch=None: the usual one."""
+        arch = arch or ("resnet_tiny" if dataset == "synthetic" else "vit_small")
+        values = cls.BAG_OF_TRICKS if arch.startswith("resnet") else {}
+        if dataset == "synthetic" or arch in ("vit_mini", "resnet_tiny"):
+            values = values | cls.LAPTOP
+        elif (dataset, arch) == ("market1501", "vit_base"):
+            values = dict(warmup=5)  # its configuration leaves the entry out [PersonViT code]
+        return cls(arch=arch, **values)
 
 
-# ---------------------------------------------------------------------------------------------
-# Losses and schedule: pure functions
-# ---------------------------------------------------------------------------------------------
+NORMS = {"half": ((0.5,) * 3, (0.5,) * 3), "imagenet": (IMAGENET_MEAN, IMAGENET_STD)}  # mean, std
 
 
-def hardest(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def hardest_pairs(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Euclidean distance of each anchor to its farthest positive and nearest negative: (B,), (B,).
 
     features (B, D), not normalised (unit vectors are at most 2 apart, so that the soft margin could
     not fall below log(1 + e^-2) = 0.127); labels (B,). The anchor counts among its positives, at
-    distance 0, so that a lone image is no special case. Raises ValueError if all labels are equal.
+    distance 0, so that a lone image is no special case; where all labels are equal, which
+    `PKSampler` excludes, the nearest negative is infinitely far away.
     """
-    features = features.float()
-    square = features.square().sum(1)                                         # (B,)
-    dist = square[:, None] + square[None, :] - 2 * features @ features.T      # (B, B)
-    dist = dist.clamp(min=1e-12).sqrt()        # the clamp keeps the root's gradient finite at 0
+    x, exact = features.float(), "donot_use_mm_for_euclid_dist"  # |x|^2 - 2xy + |y|^2 cancels
+    distance = torch.cdist(x, x, compute_mode=exact)                          # (B, B)
     same = labels[:, None] == labels[None, :]                                 # (B, B)
-    if same.all():
-        raise ValueError("batch-hard triplet loss needs at least two identities in a batch")
-    d_ap = dist.masked_fill(~same, -torch.inf).amax(1)
-    d_an = dist.masked_fill(same, torch.inf).amin(1)
+    d_ap = distance.masked_fill(~same, -torch.inf).amax(1)
+    d_an = distance.masked_fill(same, torch.inf).amin(1)
     return d_ap, d_an
 
 
@@ -134,7 +136,7 @@ def triplet_loss(features: Tensor, labels: Tensor, margin: float | None = None) 
     margin=None: soft margin, mean log(1 + exp(d_ap - d_an)); 0.693 = log 2 means positives are as
     far as negatives, where a collapsed network stays. Else mean max(0, d_ap - d_an + margin).
     """
-    d_ap, d_an = hardest(features, labels)
+    d_ap, d_an = hardest_pairs(features, labels)
     return F.softplus(d_ap - d_an).mean() if margin is None else F.relu(d_ap - d_an + margin).mean()
 
 
@@ -154,114 +156,595 @@ def learning_rate(recipe: Recipe, epoch: int, scale: float = 1.0) -> float:
     return peak * 0.1 ** ((t >= 1 / 3) + (t >= 7 / 12))
 
 
-def make_optimizer(recipe: Recipe, model: torch.nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     """Two groups, weights and biases; `scale` is the factor on the scheduled learning rate."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups = [{"params": [p for n, p in named if not n.endswith("bias")], "scale": 1.0},
               {"params": [p for n, p in named if n.endswith("bias")], "scale": recipe.bias_lr}]
-    kwargs = dict(lr=recipe.lr, weight_decay=recipe.weight_decay)
+    kwargs = dict(lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=0.9, **kwargs)
-    adam = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer]
-    return adam(groups, **kwargs)
+    return (torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW)(groups, **kwargs)
 
 
-# ---------------------------------------------------------------------------------------------
-# Fine-tuning
-# ---------------------------------------------------------------------------------------------
+class FineTuning(nn.Module):
+    """The losses of a `ReIDModel`: images (B, 3, H, W), identities (B,) -> scalars.
 
-
-def fine_tune(recipe: Recipe, dataset, run: Run, weights: str | None, machine: Machine,
-              finish=lambda model: None) -> ReIDModel:
-    """Fine-tune on dataset.train, going on from the run's checkpoint; the model, ready to evaluate,
-    is given to `finish` while the run's folder is still locked.
-
-    Raises InputError for too few identities, weights that do not fit, and as `loop` does.
+    Of several processes each computes the loss of all n = B x processes images, as the hardest pair
+    may lie in two of them. `reference`, `collapsed`: as of the objectives of pre-training.
     """
+
+    def __init__(self, model: ReIDModel, recipe: Recipe):
+        super().__init__()
+        self.model, self.smoothing, self.margin = model, recipe.smoothing, recipe.margin
+        self.reference = {"ln_ids": math.log(model.classifier.out_features)}
+
+    def forward(self, x: Tensor, pids: Tensor) -> dict[str, Tensor]:
+        feature, y = all_rows(self.model.base(x).float()), all_rows(pids)    # (n, D), (n,)
+        scores, feature = self.model.head(feature)                           # (n, ids), (n, D)
+        id_loss = F.cross_entropy(scores.float(), y, label_smoothing=self.smoothing)
+        triplet = triplet_loss(feature, y, self.margin)
+        return {"total": id_loss + triplet, "id": id_loss, "triplet": triplet,
+                "accuracy": (scores.argmax(1) == y).float().mean()}
+
+    def collapsed(self, values: dict) -> bool:
+        return False  # the triplet loss says so itself, by staying at its margin or at log 2
+
+
+def all_rows(x: Tensor) -> Tensor:
+    """Rows of all processes, (B, ...) -> (n, ...), in their order, with gradient for one's own."""
+    if not dist.is_initialized():
+        return x
+    rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, x.detach().contiguous())
+    rows[dist.get_rank()] = x
+    if x.requires_grad:
+        # each process has the gradient of the whole loss by its own rows, all these gradients are
+        # to be added; DistributedDataParallel takes their mean instead
+        x.register_hook(lambda grad: grad * dist.get_world_size())
+    return torch.cat(rows)
+
+
+# ---------------------------------------------------------------------------------------------
+# The loops
+# ---------------------------------------------------------------------------------------------
+
+# all that chooses between the papers: what is trained and how, and what it sees
+METHODS = {
+    "personvit": (PersonViTRecipe, lambda r: MultiCrop(r.size, r.local_crops, r.global_scale,
+                                                       r.local_scale, r.aspect)),
+    "upreid": (UPReIDRecipe, lambda r: ContrastViews(r.size, r.weight_global > 0,
+                                                     r.stripes if r.weight_local else 0))}
+
+
+def pretrain(method: str, recipe: PersonViTRecipe | UPReIDRecipe, dataset, run: "Run",
+             machine: "Machine", weights: str | None = None, monitor=None) -> nn.Module:
+    """Pre-train on dataset.train without labels, going on from the run's checkpoint; the objective.
+
+    weights: where both networks start, if not at random. monitor: a labelled dataset whose mAP by
+    plain features is logged. Raises InputError for a recipe that does not fit together, too few
+    images, too many broken ones, and a loss that is not finite.
+    """
+    # what is trained, by what, on what
     torch.manual_seed(recipe.seed)
-    labels = torch.tensor([r.pid for r in dataset.train])
-    sampler = PKSampler(labels, recipe.ids, recipe.images, recipe.seed, machine.rank, machine.world)
+    try:
+        objective = recipe.build(machine.world * machine.accumulate)
+    except ValueError as error:  # the method files know nothing of InputError
+        raise InputError(str(error)) from None
+    for net in (m for m in objective.modules() if weights and hasattr(m, "forward_features")):
+        print(load_weights(weights, net))
+    objective.to(machine.device, memory_format=torch.channels_last).train()
+    optimizer, make_views = recipe.optimizer(objective), METHODS[method][1](recipe)
+    sampler = ShuffleSampler(len(dataset.train), recipe.batch, recipe.seed, machine.rank,
+                             machine.world, machine.accumulate)
+    model, meter = distributed(objective, machine), Meter(machine, dataset.train)
+    parts = {"model": objective, "optimizer": optimizer, "meter": meter}  # of a checkpoint
+    # from here on the folder is this run's
+    with run.begin(), stop_requests() as stop:
+        first, last = run.restore(parts), recipe.epochs * len(sampler)
+        crops = Images(dataset.train, make_views, recipe.seed, recipe.draw)
+        loader = meter.waiting(make_loader(crops, from_step(sampler, first, last), machine.workers))
+        for step in range(first, last):
+            epoch = step // len(sampler)
+            if step % len(sampler) == 0:
+                keep_and_watch(objective, epoch, make_views, recipe, monitor, run, machine)
+                meter.reset()
+            rates, now = recipe.schedule(step, len(sampler))      # of the optimiser, of the model
+            for group in optimizer.param_groups:
+                group["lr"] = rates["lr"]
+                group["weight_decay"] = rates["weight_decay"] * group["decay"]
+            seed_device(recipe.seed, step, machine)
+            # a step may be cut into passes, whose gradients add up, for less memory
+            for passes_left in reversed(range(machine.accumulate)):
+                images, drawn = next(loader)
+                views = make_views(*on_device(machine, images, drawn["numbers"])) | drawn["others"]
+                with network_pass(model, machine, recipe.bf16, passes_left):
+                    losses = model(views, **now)
+                (losses["total"] / machine.accumulate).backward()
+                meter.add(losses, 1 / machine.accumulate)
+            # clip or freeze, as the paper does; the optimiser's step; then the teacher follows
+            meter.add({"grad_norm": objective.finish_gradients(epoch)})
+            optimizer.step()
+            optimizer.zero_grad()
+            objective.update_teacher(**now)                       # no gradient ever reaches it
+            log_save_stop(run, meter, parts, objective, stop, step, len(sampler), last, rates | now)
+        keep_and_watch(objective, recipe.epochs, make_views, recipe, monitor, run, machine)
+        run.save("backbone.pth", exported(objective, recipe.epochs, make_views, recipe))
+    return objective
+
+
+def exported(objective: nn.Module, epoch: int, views, recipe) -> dict:
+    """The backbone that is fine-tuned, with all that tells how to use it."""
+    return {"format": "reid-backbone", "recipe": asdict(recipe), "epoch": epoch, "size": views.size,
+            "mean": views.mean, "std": views.std,
+            "backbone": objective.backbone_for_export().state_dict()}
+
+
+def keep_and_watch(objective: nn.Module, epoch: int, views, recipe, monitor, run: "Run",
+                   machine: "Machine") -> None:
+    """Between two epochs: keep the backbone apart, and log the mAP of its plain features (losses
+    say little of what is learnt), where one or the other is due after `epoch` epochs."""
+    content = exported(objective, epoch, views, recipe)
+    if machine.keep_every and epoch and epoch % machine.keep_every == 0:
+        run.save(f"backbone_e{epoch:04d}.pth", content)
+    # batch norms of other processes than the first have statistics of their own
+    if monitor and epoch % machine.monitor_every == 0 and not machine.rank:
+        result, _, _ = evaluate(objective.backbone_for_export(), monitor, content,
+                                workers=machine.workers, device=machine.device, bf16=recipe.bf16)
+        objective.train()  # what is exported may be what is trained
+        run.log(epoch=epoch, monitor=monitor.name, mAP=result.mAP, rank1=float(result.cmc[0]))
+
+
+def fine_tune(recipe: Recipe, dataset, run: "Run", weights: str | None,
+              machine: "Machine") -> ReIDModel:
+    """Fine-tune on dataset.train, going on from the run's checkpoint; the model, ready to evaluate.
+
+    Raises InputError for too few identities, weights that do not fit, too many broken images, and a
+    loss that is not finite.
+    """
+    # what is trained, by what, on what
+    torch.manual_seed(recipe.seed)
+    sampler = PKSampler([r.pid for r in dataset.train], recipe.ids, recipe.images, recipe.seed,
+                        machine.rank, machine.world)
     backbone = build_backbone(recipe.arch, recipe.size, recipe.drop_path, recipe.last_stride)
-    model = ReIDModel(backbone, int(labels.max()) + 1, recipe.neck_feat)
+    model = ReIDModel(backbone, len(sampler.members), recipe.neck_feat)
     print(load_weights(weights, backbone) if weights else
           "WARNING: random weights (no --weights): the published recipes assume pre-trained ones")
-    share_batch_norms(backbone)
+    if machine.world > 1 and machine.device == "cpu" and recipe.arch.startswith("resnet"):
+        raise InputError("batch norm over several processes needs GPUs: fine-tune a ResNet on a "
+                         "CPU in one process, without torchrun or GPUS=")
+    if machine.world > 1:
+        nn.SyncBatchNorm.convert_sync_batchnorm(backbone)  # the neck sees all rows as it is
     model.to(machine.device, memory_format=torch.channels_last).train()
-    optimizer = make_optimizer(recipe, model)
-    transform = FineTuneTransform(*recipe.statistics, noise=recipe.erase == "noise",
-                                  erase_area=1 / 3 if recipe.erase == "noise" else 0.4,
-                                  rank=machine.rank, world=machine.world)  # [PersonViT code, BoT]
-
-    def take_step(step: int, x: Tensor, used: Tensor) -> dict[str, Tensor | float]:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, step // len(sampler), group["scale"])
-        x = transform(x, recipe.seed, step)                                 # (B, 3, H, W) float
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.bf16):
-            # the hardest pair may lie in two processes: each computes the loss of the whole batch
-            feature = all_rows(backbone(x).float())                         # (n, D), n = P K
-            scores, feature = model.head(feature)                           # (n, ids), (n, D)
-        y = labels[gathered(used)].to(x.device)                             # (n,)
-        id_loss = F.cross_entropy(scores.float(), y, label_smoothing=recipe.smoothing)
-        triplet = triplet_loss(feature, y, recipe.margin)
-        loss = id_loss + triplet
-        check_finite(loss.detach(), step, run)
-        optimizer.zero_grad()
-        loss.backward()
-        average_gradients(model.parameters())
-        optimizer.step()
-        return {"total": loss, "id": id_loss, "triplet": triplet,
-                "accuracy": (scores.argmax(1) == y).float().mean(),
-                "lr": optimizer.param_groups[0]["lr"]}
-
-    loop(run, Images(dataset.train, recipe.size), sampler, recipe,
-         {"model": model, "optimizer": optimizer}, take_step, machine,
-         finish=lambda: finish(model.eval()))
-    return model
+    optimizer, objective = make_optimizer(recipe, model), FineTuning(model, recipe)
+    losses_of = distributed(objective, machine)
+    transform = FineTuneTransform(recipe.size, *NORMS[recipe.norm], recipe.erase == "noise",
+                                  rank=machine.rank, world=machine.world)
+    meter = Meter(machine, dataset.train)
+    parts = {"model": model, "optimizer": optimizer, "meter": meter}  # of a checkpoint
+    # from here on the folder is this run's
+    with run.begin(), stop_requests() as stop:
+        first, last = run.restore(parts), recipe.epochs * len(sampler)
+        crops = Images(dataset.train, transform, recipe.seed)
+        loader = meter.waiting(make_loader(crops, from_step(sampler, first, last), machine.workers))
+        for step in range(first, last):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(recipe, step // len(sampler), group["scale"])
+            seed_device(recipe.seed, step, machine)
+            images, drawn = next(loader)
+            images, numbers, pids = on_device(machine, images, drawn["numbers"], drawn["pids"])
+            # noise for erased pixels is drawn where it is needed, by (seed, step) alone
+            generator = step_generator(recipe.seed, step, 0, 1, device=machine.device)
+            x = transform(images, numbers, generator)                        # (B, 3, H, W) float
+            with network_pass(losses_of, machine, recipe.bf16):
+                losses = losses_of(x, pids)
+            losses["total"].backward()
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            meter.add(losses | {"grad_norm": nn.utils.get_total_norm(gradients)})
+            optimizer.step()
+            optimizer.zero_grad()
+            log_save_stop(run, meter, parts, objective, stop, step, len(sampler), last,
+                          {"lr": optimizer.param_groups[0]["lr"]})
+        run.save("model.pth", {"format": "reid-model", "recipe": stored(recipe, dataset),
+                               "model": model.state_dict()})
+    return model.eval()
 
 
 def fine_tune_and_evaluate(recipe: Recipe, dataset, out, overwrite: bool = False,
-                           weights: str | None = None, machine: Machine = Machine()):
+                           weights: str | None = None, machine: "Machine | None" = None):
     """One whole run: train, save model.pth, evaluate, save results.json; what that file holds, or
     None without queries. A run that was finished before is not run again."""
-    nameless = next((r.path for r in dataset.train if r.pid < 0), None)
-    if nameless:
-        raise InputError(f"{dataset.name} has training images without identity, first "
-                         f"{nameless}; fine-tuning needs names like 0002_c1, unlabelled crops "
-                         f"serve --pretrain")
+    machine = machine or Machine()
+    if any(r.pid < 0 for r in dataset.train):
+        raise InputError(f"{dataset.root} has images without identity; fine-tuning needs names "
+                         f"like 0002_c1 or a folder for each person; else they serve --pretrain")
+    few = some_identities(dataset.train, recipe.labelled, recipe.seed)
+    dataset = replace(dataset, train=few)
+    run = open_run(out, recipe, dataset, overwrite, machine, weights=weights)
+    if (run.folder / "results.json").exists() and not overwrite:
+        print(f"{run.folder} is finished; --overwrite starts over")
+        return json.loads((run.folder / "results.json").read_text())
+    model = fine_tune(recipe, dataset, run, weights, machine)
+    print(f"saved {run.folder}/model.pth; training took {run.seconds / 60:.1f} minutes")
+    if not dataset.query:
+        print(f"{dataset.name} has no queries to evaluate it with")
+        return None
+    result, q, g = evaluate(model, dataset, stored(recipe, dataset), workers=machine.workers,
+                            device=machine.device, bf16=recipe.bf16, rank=machine.rank,
+                            world=machine.world)
+    numbers = result.numbers() | {"similarity": similarity_ranges(q, g),
+                                  "minutes": round(run.seconds / 60, 1)}
+    run.compare()  # the folder may have been taken over meanwhile
+    run.save("results.json", json.dumps(numbers, indent=1).encode())
+    print(result)
+    return numbers
+
+
+def stored(recipe: Recipe, dataset) -> dict:
+    """What model.pth says of itself."""
+    mean, std = map(list, NORMS[recipe.norm])
+    return asdict(recipe) | {"mean": mean, "std": std, "dataset": dataset.name}
+
+
+# ---------------------------------------------------------------------------------------------
+# What both loops call
+# ---------------------------------------------------------------------------------------------
+
+
+def on_device(machine: "Machine", *tensors: Tensor) -> list[Tensor]:
+    """Copies that are under way while Python goes on, as the workers' memory is pinned."""
+    return [x.to(machine.device, non_blocking=True) for x in tensors]
+
+
+def seed_device(seed: int, step: int, machine: "Machine") -> None:
+    """Stochastic depth draws from the device's own generator, set by (seed, step, process)."""
+    torch.manual_seed(step_generator(seed, step, machine.rank, 2).initial_seed())
+
+
+def distributed(module: nn.Module, machine: "Machine") -> nn.Module:
+    """The module itself, or one that averages its gradients over all processes."""
+    if machine.world == 1:
+        return module
+    with warnings.catch_warnings():  # PyTorch 2.14 has another name for it, 2.6 only this one
+        warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
+        # inputs stay where they are (masks on the CPU); buffers stay each process's own
+        return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+
+
+@contextlib.contextmanager
+def network_pass(model: nn.Module, machine: "Machine", bf16: bool, passes_left: int = 0):
+    """A forward in bfloat16 if wanted, whose gradients stay here while more passes are to come."""
+    stay = model.no_sync() if machine.world > 1 and passes_left else contextlib.nullcontext()
+    with stay, torch.autocast(machine.device.split(":")[0], torch.bfloat16, enabled=bf16):
+        yield
+
+
+def log_save_stop(run: "Run", meter: "Meter", parts: dict, objective: nn.Module, stop: list,
+                  step: int, epoch_steps: int, last: int, more: dict) -> None:
+    """The end of a step: write what is due, a line of the log (at the end of each epoch, too) or a
+    checkpoint, and end the process if it was asked to. Looks at the device at no other time."""
+    done, machine = step + 1, meter.machine
+    stopping = anyone(bool(stop))
+    logs = done % machine.log_every == 0 or done % epoch_steps == 0
+    saves = stopping or done % machine.save_every == 0 or done == last
+    if logs or saves:
+        values = meter.read(done, last, run)
+    if logs:
+        flag = {"warning": "COLLAPSE?"} if objective.collapsed(values) else {}
+        run.log(epoch=step // epoch_steps + 1, **values, **objective.reference, **more, **flag)
+        meter.reset()
+    if saves:
+        run.save_checkpoint(done, parts)
+    if stopping:
+        sys.exit(f"stopped after step {done:,} of {last:,}; {run.checkpoints()[0]} has it; the "
+                 f"same command, without --overwrite, goes on from there" if run.writes else 1)
+
+
+class Meter:
+    """Means since the last line of the log, broken images, and what a clock measures.
+
+    Sums stay on the device: reading them in every step would keep the GPU waiting. They belong into
+    the checkpoint, so that a line which spans a stop equals the uninterrupted run's (with one
+    process; `left` is too short in that line).
+    """
+
+    def __init__(self, machine: "Machine", records):
+        self.machine, self.records, self.broken = machine, records, set()
+        self.reset()
+
+    def reset(self) -> None:
+        self.sums: dict[tuple[str, ...], Tensor] = {}
+        self.steps, self.images, self.waited, self.since = 0, 0, 0.0, time.perf_counter()
+
+    def waiting(self, loader):
+        """Pass batches through, counting images and the time that the loop stands still."""
+        start = time.perf_counter()
+        for images, drawn in loader:
+            self.waited += time.perf_counter() - start
+            self.images += len(images) * self.machine.world
+            self.broken.update(drawn["replaced"])
+            yield images, drawn
+            start = time.perf_counter()
+
+    def add(self, values: dict[str, Tensor], share: float = 1.0) -> None:
+        """Scalars of a step, "total" among them, or of a share of it."""
+        vector = share * torch.stack([v.detach().float() for v in values.values()])
+        self.sums[tuple(values)] = self.sums.get(tuple(values), 0) + vector
+        self.steps += share * ("total" in values)
+
+    def read(self, done: int, last: int, run: "Run") -> dict:
+        """Means over steps and processes; images per second, share of the time spent waiting for
+        data, h:mm:ss to the end. Raises InputError for a loss or gradient that is not finite, and
+        where more than 1 % of the training images are broken."""
+        sums = torch.cat(list(self.sums.values())) / (self.steps * self.machine.world)
+        if self.machine.world > 1:
+            dist.all_reduce(sums)
+        values = dict(zip((n for names in self.sums for n in names), sums.tolist()))
+        if not math.isfinite(values["total"] + values["grad_norm"]):
+            good = [str(path) for path in run.checkpoints()[:1]] or ["nowhere"]
+            raise InputError(f"the loss or its gradient is not finite at step {done} or just "
+                             f"before; the last good state is in {good[0]}; start anew with a "
+                             f"lower --lr or --no-bf16, and another --out")
+        self.broken = set().union(*everyones(self.broken))
+        if len(self.broken) > 0.01 * len(self.records):
+            names = ", ".join(self.records[i].path for i in sorted(self.broken)[:3])
+            raise InputError(f"{len(self.broken)} of {len(self.records)} training images cannot be "
+                             f"read, more than 1 %: {names}; the copy of the dataset is damaged")
+        seconds = time.perf_counter() - self.since
+        left = timedelta(seconds=round(seconds / self.steps * (last - done)))
+        return {"step": done, "steps": last, **values, "broken_images": len(self.broken),
+                "img_s": round(self.images / seconds, 1), "wait": round(self.waited / seconds, 3),
+                "left": str(left)}
+
+    def state_dict(self) -> dict:
+        return {"sums": self.sums, "steps": self.steps, "broken": sorted(self.broken)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.steps, self.broken = state["steps"], set(state["broken"])
+        self.sums = {n: v.to(self.machine.device) for n, v in state["sums"].items()}
+
+
+# ---------------------------------------------------------------------------------------------
+# The run folder
+# ---------------------------------------------------------------------------------------------
+
+CHECKPOINT = "checkpoint_" + 9 * "[0-9]" + ".pth"  # the number of steps done
+RUN_FILES = ("recipe.json", "log.jsonl", CHECKPOINT, "model.pth", "backbone.pth",
+             "backbone_e[0-9][0-9][0-9][0-9].pth", "results.json")
+
+
+class Run:
+    """A folder that holds one run. Opening makes the folder and only looks; `begin` writes, once
+    all is in order.
+
+    Raises InputError for a folder that cannot be made, that holds another recipe, or files that
+    are no run's, unless `overwrite` allows to start over. Of several processes the first writes.
+    """
+
+    def __init__(self, folder: str | Path, recipe: dict, overwrite: bool = False, rank: int = 0):
+        self.folder, self.overwrite, self.writes = Path(folder), overwrite, rank == 0
+        self.recipe = json.loads(json.dumps(recipe))  # tuples become lists, as when read back
+        self.log_file = self.folder / "log.jsonl"
+        self.seconds, self.since = 0.0, time.perf_counter()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.compare()
+
+    def files(self, suffix: str = "") -> list[Path]:
+        """What a run may have left here, and --overwrite deletes."""
+        return [p for pattern in RUN_FILES for p in sorted(self.folder.glob(pattern + suffix))]
+
+    def checkpoints(self) -> list[Path]:
+        """States of this run, the latest first."""
+        return sorted(self.folder.glob(CHECKPOINT), reverse=True)
+
+    def compare(self) -> None:
+        """Raise InputError unless the folder is empty, this run's, or may be overwritten."""
+        present = [path.name for path in self.files()]
+        if not present or self.overwrite:
+            return
+        if "recipe.json" not in present:
+            raise InputError(f"{self.folder} holds {', '.join(present)} of something else; take "
+                             f"another folder by --out, or --overwrite to delete them")
+        try:
+            old = json.loads((self.folder / "recipe.json").read_text())
+            changed = [f"{k}: {old.get(k)} there, {self.recipe.get(k)} now"
+                       for k in sorted({*old, *self.recipe}) if old.get(k) != self.recipe.get(k)]
+        except (ValueError, AttributeError, TypeError, OSError, RecursionError):
+            changed = ["its recipe.json is damaged"]
+        if changed:
+            raise InputError(f"{self.folder} holds a run with another recipe ({'; '.join(changed)}"
+                             f"); take another folder by --out, or start over with --overwrite")
+
+    @contextlib.contextmanager
+    def begin(self):
+        """Hold the folder for this run; delete what `overwrite` allows, write recipe.json."""
+        wait_for_all()  # everyone has looked at the folder before the first process changes it
+        with open(self.folder / "lock" if self.writes else os.devnull, "a") as handle:
+            if self.writes:
+                self.lock(handle)
+                self.compare()  # another process may have trained here while this one waited
+                # with overwrite everything; else the half-written files of one that was killed
+                for path in self.files("" if self.overwrite else ".*.partial"):
+                    path.unlink()
+                self.overwrite = False
+                self.save("recipe.json", json.dumps(self.recipe, indent=1).encode())
+            wait_for_all()  # the others may read the folder now
+            yield
+
+    def lock(self, handle) -> None:
+        """Keep other processes out until this one ends. A record lock: data workers, which may
+        outlive a process that is killed by seconds, do not inherit it."""
+        try:
+            if fcntl:  # not on Windows
+                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise InputError(f"another process is training in {self.folder}; wait for it, or take "
+                             f"another folder by --out") from None
+        except OSError as error:
+            print(f"WARNING: no locks in {self.folder} ({error.strerror}): let no other process "
+                  f"train there")
+
+    def save(self, name: str, content: dict | bytes) -> None:
+        """A file that is there as a whole, or as it was before."""
+        if self.writes:
+            write_atomic(self.folder / name, lambda handle: handle.write(content) if isinstance(
+                content, bytes) else torch.save(content, handle))
+
+    def save_checkpoint(self, step: int, parts: dict) -> None:
+        """Write the state after `step` steps; the one before it stays, too."""
+        self.seconds += time.perf_counter() - self.since
+        self.since = time.perf_counter()
+        size = self.log_file.stat().st_size if self.log_file.exists() else 0
+        self.save(f"checkpoint_{step:09d}.pth", {
+            "format": "reid-checkpoint", "step": step, "seconds": self.seconds, "log_size": size,
+            **{name: part.state_dict() for name, part in parts.items()}})
+        for path in self.checkpoints()[2:] if self.writes else []:
+            path.unlink()
+
+    def restore(self, parts: dict) -> int:
+        """Fill parts from the last checkpoint that is whole; the number of steps done."""
+        found, step, size = self.checkpoints(), 0, 0
+        for path in found:
+            try:
+                # PyTorch checks no checksum, and overlooks some flipped bits of the file's table
+                with zipfile.ZipFile(path) as content:
+                    if content.testzip() or any(entry.external_attr or entry.compress_type
+                                                for entry in content.infolist()):
+                        raise InputError("a checksum does not match")
+                state = read_checkpoint(path)
+                for name, part in parts.items():
+                    part.load_state_dict(state[name])
+                step, size, self.seconds = state["step"], state["log_size"], state["seconds"]
+                print(f"going on at step {step:,} from {path}", flush=True)
+                break
+            except Exception as error:  # damaged bytes make readers raise anything at all
+                print(f"WARNING: {path} is damaged ({str(error)[:150]})", flush=True)
+        if found and not step:
+            raise InputError(f"{self.folder}: no checkpoint is whole; delete them to start from "
+                             f"the first step")
+        if len(set(everyones(step))) > 1:
+            raise InputError(f"{self.folder}: processes see other checkpoints; several machines "
+                             f"need a folder that they share")
+        if self.writes:
+            for path in found[:found.index(path)] if found else []:  # damaged ones count no more
+                path.unlink()
+            with open(self.log_file, "ab") as handle:  # steps after the checkpoint come again
+                handle.truncate(min(size, handle.tell()))
+        return step
+
+    def log(self, **values) -> None:
+        """One JSON object per line, to the screen and to log.jsonl."""
+        if self.writes:
+            line = json.dumps({k: float(f"{v:.5g}") if isinstance(v, float) else v
+                               for k, v in values.items()})
+            print(line, flush=True)
+            with open(self.log_file, "a") as handle:
+                handle.write(line + "\n")
+
+
+@contextlib.contextmanager
+def stop_requests():
+    """Ctrl-C or SIGTERM asks the loop to stop between two steps; a second Ctrl-C kills at once."""
+    asked: list[int] = []
+
+    def handler(number, _):
+        if not asked and os.environ.get("RANK", "0") == "0":  # print may not be called from here
+            os.write(2, b"stopping after this step; Ctrl-C (again) stops at once\n")
+        asked.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    old = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for s, previous in old.items():
+            signal.signal(s, previous)
+
+
+def open_run(out, recipe, dataset, overwrite: bool, machine: "Machine", weights=None, **more):
+    """The run folder for a recipe and the data it is about to see; prints both."""
     if weights and overwrite and Path(weights).resolve().parent == Path(out).resolve():
         raise InputError(f"--overwrite would delete {weights}; choose another folder with --out")
-    few = some_identities(dataset.train, recipe.labelled, recipe.seed)
-    dataset = dataclasses.replace(dataset, train=few)
-    ids = len({r.pid for r in dataset.train})
-    run = open_run(out, recipe, dataset, overwrite, machine, weights=weights)
-    if run.results():
-        print(f"{run.folder} is finished: mAP {run.results()['mAP']:.2%}; --overwrite starts over")
-        return run.results()
-    print(f"  id loss of a network that knows nothing: ln({ids}) = {math.log(max(ids, 1)):.2f}")
+    if weights and os.path.isfile(weights):  # else `load_weights` will say so
+        content = hashlib.blake2b(Path(weights).read_bytes(), digest_size=6)
+        weights = f"{Path(weights).name} {content.hexdigest()}"
+    described = asdict(recipe) | {"dataset": dataset.name, **more, "weights": weights,
+                                  "data": dataset.fingerprint()}
+    run = Run(out, described, overwrite, machine.rank)
+    print(f"run {run.folder}:", *(f"{k}={v}" for k, v in described.items()))
+    print(f"  torch={torch.__version__} device={machine.device} processes={machine.world} "
+          f"accum={machine.accumulate} threads={torch.get_num_threads()}")
+    return run
 
-    def finish(model: ReIDModel) -> None:
-        mean, std = recipe.statistics
-        stored = dataclasses.asdict(recipe) | {"mean": list(mean), "std": list(std),
-                                               "dataset": dataset.name}
-        run.save("model.pth", {"format": "reid-model", "recipe": stored,
-                               "model": model.state_dict()})
-        print(f"saved {run.folder}/model.pth; training took {run.seconds / 60:.1f} minutes")
-        if not dataset.query:
-            print(f"{dataset.name} has no queries to evaluate it with")
-            return
-        result, q, g = evaluate(model, dataset, stored, workers=machine.workers,
-                                device=machine.device, bf16=recipe.bf16, rank=machine.rank,
-                                world=machine.world)
-        numbers = {"mAP": result.mAP, "mAP_market": result.mAPs["market"],
-                   **{f"rank{k}": float(result.cmc[k - 1]) for k in (1, 5, 10)},
-                   "cmc": result.cmc.tolist(), "similarity": similarity_ranges(q, g),
-                   "valid": result.valid, "queries": result.total,
-                   "minutes": round(run.seconds / 60, 1)}
-        run.write("results.json", json.dumps(numbers, indent=1).encode())
-        print(result)
 
-    fine_tune(recipe, dataset, run, weights, machine, finish)
-    return run.results()
+# ---------------------------------------------------------------------------------------------
+# The machine, and the processes that share the work
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Machine:
+    """Where and how a run computes. On one kind of device nothing here changes its result beyond
+    rounding, with the exceptions of docs/choices.md."""
+
+    device: str = "cpu"
+    workers: int = 2          # decoding processes
+    save_every: int = 500     # steps between checkpoints
+    log_every: int = 20       # steps between log lines
+    accumulate: int = 1       # passes that a step of pre-training is split into, for less memory
+    keep_every: int = 0       # epochs of pre-training between backbones kept apart, 0: none
+    monitor_every: int = 10   # ... and between looks at the mAP of plain features
+    rank: int = 0             # this process among
+    world: int = 1            # ... the processes that share each batch
+
+
+def join_processes(machine: Machine) -> Machine:
+    """The machine with rank and world as torchrun sets them; plain `python` is a world of one. Of
+    several processes only the first prints."""
+    if "WORLD_SIZE" not in os.environ:
+        return machine
+    try:
+        rank, world, local = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    except (KeyError, ValueError) as error:
+        raise InputError(f"WORLD_SIZE is set, but not all of torchrun's variables ({error}); start "
+                         f"with torchrun, or unset WORLD_SIZE") from None
+    device, backend = machine.device, "gloo"
+    if device == "cuda":
+        if local >= torch.cuda.device_count():
+            raise InputError(f"process {local} of this machine has no GPU of its own, there are "
+                             f"{torch.cuda.device_count()}; start fewer processes")
+        device, backend = f"cuda:{local}", "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device)
+    # an hour: the others wait while the first evaluates
+    dist.init_process_group(backend, timeout=timedelta(hours=1))
+    atexit.register(dist.destroy_process_group)
+    if rank:
+        sys.stdout = open(os.devnull, "w")
+    return replace(machine, device=device, rank=rank, world=world)
+
+
+def wait_for_all() -> None:
+    """Until every process has come here; one process need not wait."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def anyone(flag: bool) -> bool:
+    """Does any process say so? They must stop after the same step."""
+    if not dist.is_initialized():
+        return flag
+    flags = torch.tensor(int(flag))  # on the CPU: a GPU is not kept waiting
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return bool(flags)
+
+
+def everyones(mine) -> list:
+    """The same thing of each process, in their order."""
+    if not dist.is_initialized():
+        return [mine]
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    return parts
 
 
 # ---------------------------------------------------------------------------------------------
@@ -269,117 +752,113 @@ def fine_tune_and_evaluate(recipe: Recipe, dataset, out, overwrite: bool = False
 # ---------------------------------------------------------------------------------------------
 
 
-def pair(kind):
-    """A parser of two numbers, written 256x128."""
-    def parse(text: str):
-        try:
-            first, second = map(kind, text.split("x"))
-            return first, second
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r}: write two numbers like 256x128") from None
-    return parse
+def pair(text: str) -> tuple:
+    """Two numbers, written 256x128 or 0.4x1."""
+    first, second = (float(n) if "." in n else int(n) for n in text.split("x"))
+    return first, second
 
 
 def number_or_none(text: str) -> float | None:
-    try:
-        return None if text.lower() == "none" else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor 'none'") from None
+    """A triplet's margin, or none for the soft one."""
+    return None if text.lower() == "none" else float(text)
 
 
-PARSERS = {tuple[int, int]: pair(int), tuple[float, float]: pair(float),
-           float | None: number_or_none}
+PARSERS = {tuple[int, int]: pair, tuple[float, float]: pair, float | None: number_or_none}
 
 
-def make_parser(recipe_class=Recipe) -> argparse.ArgumentParser:
-    """All flags: those of every run, and a flag for each field of the recipe."""
+# flags of numbers that are more than 0, and of those that are at most 1
+POSITIVE = ("threads", "save_every", "accum", "monitor_every", "size", "batch", "ids", "images",
+            "prototypes", "hidden", "bottleneck", "queue", "dim", "clip", "aspect", "labelled")
+SHARES = ("smoothing", "labelled", "momentum", "drop_path", "global_scale", "local_scale")
+
+
+def add_recipe_flags(parser: argparse.ArgumentParser, usual) -> None:
+    """A flag for each field of a recipe: its value is the default, its comment the help."""
+    comments = re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(type(usual)), re.M)
+    comments, kinds = dict(comments), get_type_hints(type(usual))
+    for field in fields(usual):
+        kind, value = kinds[field.name], getattr(usual, field.name)
+        choices = get_args(kind) if get_origin(kind) is Literal else None
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {
+            "type": PARSERS.get(kind, type(value)), "choices": choices}
+        if isinstance(value, tuple):
+            value = "x".join(map(str, value))
+        parser.add_argument(f"--{field.name.replace('_', '-')}", **how,
+                            default="none" if value is None else value,
+                            help=comments[field.name].replace("%", "%%"))
+
+
+def parse_args(argv: list[str] | None = None):
+    """The flags of a run, and its recipe. Values given are refused where they make no sense."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--pretrain", choices=tuple(METHODS),
+                       help="pre-train without labels; ends in backbone.pth")
+    first.add_argument("--dataset", default="synthetic", metavar="NAME",
+                       help=f"{', '.join(NAMES)} or the path of any folder")
+    first.add_argument("--device", type=device_name, help="cpu or cuda",
+                       default="cuda" if torch.cuda.is_available() else "cpu")
+    first.add_argument("--arch")  # the recipe's own flag, with its choices, takes its place
+    known, _ = first.parse_known_args(argv)
+    kind = METHODS[known.pretrain][0] if known.pretrain else Recipe
+    name = Path(known.dataset).stem.lower()            # data/luperson and luperson.txt are luperson
+    usual = replace(kind.preset(name, known.arch), bf16=known.device != "cpu")
     parser = argparse.ArgumentParser(
-        description="Train on one dataset. Without --pretrain: fine-tune for ReID, evaluate, save.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+        description="Fine-tune for ReID and evaluate, or pre-train. Values are of this very line.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter, parents=[first], allow_abbrev=False,
+        conflict_handler="resolve")
     add = parser.add_argument
-    add("--dataset", default="synthetic", metavar="NAME",
-        help=f"{', '.join(NAMES)} or the path of any folder")
     add("--data-root", default="data", help="folder that holds the datasets")
     add("--train-only", action="store_true", help="MSMT17 without its val list")
-    add("--weights", metavar="FILE", help="pre-trained backbone; without it weights are random",
-        default=argparse.SUPPRESS)
-    add("--out", metavar="DIR", help="run folder; usually runs/<dataset>_<arch>",
-        default=argparse.SUPPRESS)
+    add("--weights", metavar="FILE", help="pre-trained backbone; without it weights are random")
+    add("--out", metavar="DIR", help="run folder; else runs/<dataset>_<method>_<arch>")
     add("--overwrite", action="store_true", help="start over in a used run folder")
-    add("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu or cuda")
     add("--workers", type=int, default=min(cores(), 8), help="decoding processes")
-    add("--threads", type=int, default=default_threads(), help="of each process, for a CPU's sums")
+    # never left to OMP_NUM_THREADS, as each number of threads rounds sums in its own way
+    add("--threads", type=int, default=min(cores(), 8), help="of each process, for a CPU's sums")
     add("--save-every", type=int, default=500, metavar="STEPS", help="checkpoint interval")
-    add("--checkpoints", type=int, default=2, metavar="N", help="how many of them are kept")
-    add("--accum", type=int, default=1, metavar="N",
-        help="pre-training: passes that a step is split into, for less memory")
-    add("--compile", action="store_true", help="PersonViT pre-training: use torch.compile")
-    add("--pretrain", choices=tuple(RECIPES), help="pre-train without labels; ends in backbone.pth")
+    add("--accum", type=int, default=1, metavar="N", help="pre-training: passes of a step")
     add("--keep-every", type=int, default=0, metavar="EPOCHS", help="pre-training: keep backbones")
     add("--monitor", metavar="NAME", help="pre-training: labelled dataset to watch mAP on")
     add("--monitor-every", type=int, default=10, metavar="EPOCHS", help="... this often")
-    group = parser.add_argument_group("recipe", "defaults depend on dataset and arch")
-    for name, kind in typing.get_type_hints(recipe_class).items():
-        rule = recipe_class.__dataclass_fields__[name].metadata
-        choices = f" ({', '.join(map(str, rule['choices']))})" if rule["choices"] else ""
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {
-            "type": PARSERS.get(kind, kind), "metavar": name.upper()}
-        group.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS,
-                           help=rule["help"] + choices, **how)
-    return parser
-
-
-def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
-    """The flags of a run, and those fields of its recipe that were given."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--pretrain")
-    kind = RECIPES.get(first.parse_known_args(argv)[0].pretrain, Recipe)
-    parser = make_parser(kind)
+    add_recipe_flags(parser.add_argument_group("recipe"), usual)
     args = parser.parse_args(argv)
-    given = {k: v for k, v in vars(args).items() if k in kind.__dataclass_fields__}
-    if (min(args.workers, args.keep_every) < 0 or
-            min(args.threads, args.save_every, args.checkpoints, args.monitor_every,
-                args.accum) < 1):
-        parser.error("--workers and --keep-every are at least 0, --threads, --save-every, "
-                     "--checkpoints, --monitor-every and --accum at least 1")
-    if args.accum > 1 and not args.pretrain:
-        parser.error("--accum is for --pretrain: the triplet loss needs its whole batch at once")
-    if (args.monitor or args.keep_every) and not args.pretrain:
-        parser.error("--monitor and --keep-every are for --pretrain")
-    if args.compile and args.pretrain != "personvit":
-        parser.error("--compile is for --pretrain personvit")
-    if args.pretrain and "weights" in args:
-        parser.error("--weights is for fine-tuning; pre-training starts from random weights")
-    return args, given
+    for flag, value in vars(args).items():
+        least, most = 1e-9 * (flag in POSITIVE), 1 if flag in SHARES else 1e9
+        for number in value if isinstance(value, tuple) else (value,):
+            if value == "" or isinstance(number, (int, float)) and not least <= number <= most:
+                parser.error(f"--{flag.replace('_', '-')} {value}: must be "
+                             f"{'more than' if least else 'at least'} 0, at most {most:g}")
+    if (args.accum > 1 or args.monitor or args.keep_every) and not args.pretrain:
+        parser.error("--accum, --monitor and --keep-every are for --pretrain")
+    return args, kind(**{field.name: getattr(args, field.name) for field in fields(kind)})
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, given = parse_args(argv)
+    """Read the flags, join the processes, load the data, train."""
+    args, recipe = parse_args(argv)
     torch.set_num_threads(args.threads)
-    machine = Machine(args.device, args.workers, args.save_every, args.checkpoints,
-                      accumulate=args.accum, compile=args.compile)
-    arch = given.pop("arch", None)
-    recipe = (pretrain_recipe_for(args.pretrain, args.dataset, arch) if args.pretrain else
-              recipe_for(args.dataset, arch))
-    recipe = dataclasses.replace(recipe, **({"bf16": args.device != "cpu"} | given))
-    check_recipe(recipe)
-    name = "_".join(filter(None, (Path(args.dataset).name, args.pretrain, recipe.arch)))
-    out = getattr(args, "out", f"runs/{name}")
-    with processes(machine) as machine:
-        dataset, monitor = first_then_others(machine.rank, lambda: [
-            load_dataset(name, args.data_root, args.train_only) if name else None
-            for name in (args.dataset, args.monitor)])
-        if args.pretrain:
-            run = open_run(out, recipe, dataset, args.overwrite, machine, pretrain=args.pretrain)
-            pretrain(recipe, dataset, run, machine, args.keep_every, monitor, args.monitor_every)
-            labelled = args.dataset if dataset.query else "market1501"
-            root = "" if args.data_root == "data" else f" --data-root {args.data_root}"
-            print(f"saved {run.folder}/backbone.pth; fine-tune it with: python train.py --dataset "
-                  f"{labelled}{root} --arch {recipe.arch} --weights {run.folder}/backbone.pth")
-            return
-        fine_tune_and_evaluate(recipe, dataset, out, args.overwrite,
-                               getattr(args, "weights", None), machine)
+    machine = join_processes(Machine(
+        args.device, args.workers, args.save_every, accumulate=args.accum,
+        keep_every=args.keep_every, monitor_every=args.monitor_every))
+    names = filter(None, (Path(args.dataset).name, args.pretrain, recipe.arch))
+    out = args.out or "runs/" + "_".join(names)
+    if machine.rank:  # the first may write: synthetic people, an index of LUPerson
+        wait_for_all()
+    dataset, monitor = (name and load_dataset(name, args.data_root, args.train_only)
+                        for name in (args.dataset, args.monitor))
+    if not machine.rank:
+        wait_for_all()
+    if args.pretrain:
+        run = open_run(out, recipe, dataset, args.overwrite, machine, args.weights,
+                       pretrain=args.pretrain)
+        pretrain(args.pretrain, recipe, dataset, run, machine, args.weights, monitor)
+        labelled = args.dataset if dataset.query else "market1501"
+        print(f"saved {run.folder}/backbone.pth; fine-tune it with: python train.py", *map(
+            shlex.quote, ["--dataset", labelled, "--data-root", args.data_root, "--arch",
+                          recipe.arch, "--weights", f"{run.folder}/backbone.pth"]))
+    else:
+        fine_tune_and_evaluate(recipe, dataset, out, args.overwrite, args.weights, machine)
+    wait_for_all()  # none hangs up on another that still speaks
 
 
 if __name__ == "__main__":

@@ -23,16 +23,12 @@ resolution (`last_stride=1`), and there is no classifier: identities are fine-tu
 Parameter names are torchvision's, so that public ResNet-50 files load.
 
 Read `UPReID.forward`, then the three losses, then `ResNet.forward_features`.
-
-Exercises (answers: README). 1. `python upreid.py` takes one step on noise, with a queue of 256: why
-is `local` about ln 3, and `instance` nowhere near ln 257? 2. Let the batch statistics leak
-(train.py --pretrain upreid --groups 1 --monitor synthetic --monitor-every 16, and again without
---groups 1): what becomes of `accuracy`, and of the mAP? 3. Give the stripes two negatives at random
-in place of the two hardest: whose loss is lower, and why is that no merit?
 """
 
 import copy
 import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -134,6 +130,8 @@ def resnet_tiny(last_stride: int = 1) -> ResNet:
     return ResNet((1, 1, 1, 1), 32, last_stride)
 
 
+RESNETS = {"resnet_tiny": resnet_tiny, "resnet50": resnet50}
+
 # ---------------------------------------------------------------------------------------------
 # Losses: pure functions of unit vectors
 # ---------------------------------------------------------------------------------------------
@@ -158,8 +156,10 @@ def global_consistency(q: Tensor, o: Tensor, queue: Tensor, temperature: float) 
 
     [UP-ReID abstract]: augmented and original image shall agree. The original has all the clues
     that augmentation may destroy; which other people it resembles is a target that contrast alone
-    does not give. Form, after CO2 (arXiv 2010.02217) [from memory]: with P = softmax(q.n_i / T) and
-    R = softmax(o.n_i / T) over the queue, L = mean of (KL(P||R) + KL(R||P)) / 2.
+    does not give. Form, after CO2 (arXiv 2010.02217; half the symmetric KL, as lightly implements
+    it, which also has the positive among the entries and detaches neither side) [CO2]: with P =
+    softmax(q.n_i / T) and R = softmax(o.n_i / T) over the queue, L = mean of (KL(P||R) + KL(R||P))
+    / 2.
     """
     log_p = (q @ queue.T / temperature).log_softmax(1)                       # (B, K)
     # o comes without a gradient; detached all the same, so that this function is right by itself
@@ -208,7 +208,7 @@ class UPReID(nn.Module):
     backbone: the online ResNet; the momentum encoder starts as its copy and follows it. dim d,
     queue_size K [LUP]. Temperatures and weights are of the losses above (sources: `UPReIDRecipe`);
     a loss of weight 0 is not computed. hardest: see `intrinsic_contrast`. groups: parts of
-    this process's batch with batch statistics of their own; of G in all processes, query and key
+    a forward's batch with batch statistics of their own; of G in all processes, query and key
     share about 1 / G of the images, so one in all would leak (see `encode_keys`). shuffle=False
     lets the statistics leak, for the tests. forward raises ValueError for a batch that cannot be
     cut into groups.
@@ -233,8 +233,12 @@ class UPReID(nn.Module):
         self.temperature_local, self.hardest = temperature_local, hardest
         self.weight_global, self.weight_local = weight_global, weight_local
         self.groups, self.shuffle = groups, shuffle
+        # the losses of a network that finds everything equally similar
+        self.reference = {"ln_queue": math.log(1 + queue_size)}
+        if weight_local and hardest:
+            self.reference["ln_stripes"] = math.log(1 + hardest)
 
-    def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, views: dict[str, Tensor], **_) -> dict[str, Tensor]:
         """Losses {"total", "instance", "global", "local"} and diagnostics, all scalars.
 
         views: "first", "second", "original" (B, 3, H, W) and "stripes1", "stripes2" (B, M, 3, H/M,
@@ -316,8 +320,12 @@ class UPReID(nn.Module):
         return {"accuracy": ((q * k).sum(1) > best).float().mean(),
                 "feature_std": spread(feature), "query_std": spread(q)}
 
+    def finish_gradients(self, epoch: int) -> Tensor:
+        """Nothing is clipped or frozen [LUP]; the norm of all gradients."""
+        return nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+
     @torch.no_grad()
-    def update_teacher(self, momentum: float) -> None:
+    def update_teacher(self, momentum: float, **_) -> None:
         """Once per optimiser step: parameters of g = m g + (1 - m) f; new keys enter the queue.
 
         Not in forward: the losses still need the old queue for their gradients. Statistics of batch
@@ -326,8 +334,7 @@ class UPReID(nn.Module):
         for k in self.new_keys:
             self.enqueue(k)
         self.new_keys.clear()
-        torch._foreach_lerp_(list(self.momentum.parameters()), list(self.online.parameters()),
-                             1 - momentum)
+        ema(self.momentum, self.online, momentum)
 
     @staticmethod
     def collapsed(values: dict[str, float]) -> bool:
@@ -345,6 +352,11 @@ def spread(x: Tensor) -> Tensor:
     """sqrt(1 - |mean|^2) of the directions of x (n, D): 0 = all in one point; 1 = their mean is 0,
     which even a few clusters can have."""
     return F.normalize(x.float(), dim=1).var(0, correction=0).sum().sqrt()
+
+
+def ema(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """Parameters of the teacher = m teacher + (1 - m) student, in one launch."""
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
 
 
 def grouped(net: nn.Module, x: Tensor, groups: int) -> Tensor:
@@ -377,19 +389,108 @@ def part_of(x: Tensor) -> Tensor:
     return x if world_size() == 1 else x.chunk(world_size())[dist.get_rank()]
 
 
+# ---------------------------------------------------------------------------------------------
+# How it is trained
+# ---------------------------------------------------------------------------------------------
+
+
+def cosine(t: float, start: float, end: float) -> float:
+    """From start at t = 0 to end at t = 1 along half a cosine wave; constant outside.
+
+    >>> cosine(0, 1.0, 0.0), cosine(0.5, 1.0, 0.0), cosine(2, 1.0, 0.0)
+    (1.0, 0.5, 0.0)
+    """
+    return end + (start - end) * (1 + math.cos(math.pi * min(max(t, 0), 1))) / 2
+
+
+@dataclass(frozen=True)
+class UPReIDRecipe:
+    """UP-ReID's pre-training on LUPerson, a line per value: the published ones of LUPerson's own
+    MoCo v2 [LUP], on which this project builds its reading of UP-ReID, and what that adds [ours].
+    """
+
+    arch: Literal[tuple(RESNETS)] = "resnet50"  # backbone [PLIP]
+    size: tuple[int, int] = (256, 128)  # height x width of the views [LUP]
+    epochs: int = 200                   # passes over the images [LUP]
+    batch: int = 2560                   # images per step, of all processes [LUP]
+    lr: float = 0.03                    # learning rate, times batch / 256: 0.3 at 2560 [LUP]
+    weight_decay: float = 1e-4          # on every parameter [LUP]
+    momentum: float = 0.999             # of the momentum encoder [LUP]
+    dim: int = 128                      # d, of queries and keys [LUP]
+    queue: int = 65536                  # K, keys of past batches [LUP]
+    temperature: float = 0.1            # of the instance contrast [LUP]
+    temperature_global: float = 0.05    # of the consistency [CO2]
+    temperature_local: float = 0.1      # of the contrast among stripes [ours U3]
+    weight_global: float = 1.0          # of the consistency, 0: without [CO2]
+    weight_local: float = 1.0           # of the contrast among stripes, 0: without [ours U4]
+    stripes: int = 4                    # M, horizontal stripes of an image [ours U3]
+    hardest: int = 2                    # most similar other stripes that count [ours U3]
+    groups: int = 8                     # parts of a batch with own batch norm [LUP: its GPUs]
+    last_stride: Literal[1, 2] = 2      # stride of the last ResNet stage [LUP]
+    seed: int = 0                       # of everything random
+    bf16: bool = False                  # bfloat16 in the networks; on by default on a GPU
+
+    # small images and networks on a CPU; with 512 keys and four times this learning rate one seed
+    # in three collapsed, all queries alike [ours]
+    LAPTOP: ClassVar = dict(size=(128, 64), epochs=16, batch=64, momentum=0.99, queue=128, groups=4)
+    # thousands of images, one machine [ours]
+    ONE_GPU: ClassVar = dict(batch=256, queue=4096)
+
+    @classmethod
+    def preset(cls, dataset: str, arch: str | None = None) -> "UPReIDRecipe":
+        """The recipe for a dataset's name and a backbone; arch=None: the usual one."""
+        arch = arch or ("resnet_tiny" if dataset == "synthetic" else "resnet50")
+        small = dataset == "synthetic" or arch == "resnet_tiny"
+        values = cls.LAPTOP if small else {} if dataset == "luperson" else cls.ONE_GPU
+        return cls(arch=arch, **values)
+
+    def build(self, parts: int = 1) -> UPReID:
+        """The objective with random weights. parts: forwards that share the images of a step,
+        processes x passes. Raises ValueError for values that do not fit together."""
+        (H, W), M = self.size, self.stripes
+        if self.weight_local and (M < 1 or H % M):
+            raise ValueError(f"--size {H}x{W}: the height cannot be cut into --stripes {M}")
+        if self.weight_local and not 1 <= self.hardest < M:
+            raise ValueError(f"--hardest {self.hardest}: an image has {M - 1} other stripes")
+        if self.groups < 1 or self.groups % parts:
+            raise ValueError(f"--groups {self.groups} must be a multiple of {parts}, processes x "
+                             f"--accum passes")
+        if self.groups == parts:
+            print(f"WARNING: with --groups {parts} in as many processes and passes queries and "
+                  f"keys share batch statistics: the network may recognise the batch, not people")
+        if self.batch % self.groups or self.batch < 2 * self.groups:
+            raise ValueError(f"--batch {self.batch} cannot be cut into --groups {self.groups} of "
+                             f"at least 2 images")
+        backbone = RESNETS[self.arch](self.last_stride)
+        return UPReID(backbone, self.dim, self.queue, self.temperature, self.temperature_global,
+                      self.temperature_local, self.weight_global, self.weight_local, self.hardest,
+                      self.groups // parts)
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """SGD with momentum, all parameters alike [LUP]."""
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return torch.optim.SGD([{"params": trained, "decay": 1.0}], momentum=0.9, fused=True)
+
+    def schedule(self, step: int, steps_per_epoch: int) -> tuple[dict, dict]:
+        """Of a 0-based step: what the optimiser takes, what the model takes."""
+        t = step // steps_per_epoch / self.epochs      # constant within an epoch, no warm-up [LUP]
+        return ({"lr": cosine(t, self.lr * self.batch / 256, 0.0),
+                 "weight_decay": self.weight_decay}, {"momentum": self.momentum})
+
+    def draw(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """Beside its views an image needs nothing drawn."""
+        return {}
+
+
 if __name__ == "__main__":  # the file alone, in any folder: sizes, and one step on noise
-    for build in (resnet_tiny, resnet50):
-        net = build().eval()
-        images = torch.randn(2, 3, 256, 128)
-        count = sum(p.numel() for p in net.parameters())
-        print(f"{build.__name__}: {count:,} parameters, images {tuple(images.shape)} -> "
-              f"map {tuple(net.forward_features(images).shape)} -> "
+    for name, build in RESNETS.items():
+        net, images = build().eval(), torch.randn(2, 3, 256, 128)
+        print(f"{name}: {sum(p.numel() for p in net.parameters()):,} parameters, images "
+              f"{tuple(images.shape)} -> map {tuple(net.forward_features(images).shape)} -> "
               f"feature {tuple(net(images).shape)}")
     model = UPReID(resnet_tiny(), queue_size=256)
     noise = {name: torch.randn(4, 3, 128, 64) for name in ("first", "second", "original")}
     noise |= {name: torch.randn(4, 4, 3, 32, 64) for name in ("stripes1", "stripes2")}
     losses = model(noise)
     losses["total"].backward()
-    model.update_teacher(0.999)
-    print("one step on noise:", ", ".join(f"{k} {v.item():.3f}" for k, v in losses.items()),
-          f"(ln 257 = {math.log(257):.3f}, ln 3 = {math.log(3):.3f})")
+    print("one step on noise:", {k: round(v.item(), 3) for k, v in losses.items()}, model.reference)

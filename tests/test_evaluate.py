@@ -1,5 +1,6 @@
 """CMC and mAP against the definition, the lies an evaluator can tell, re-ranking, the picture."""
 
+import inspect
 import math
 import os
 from pathlib import Path
@@ -12,19 +13,18 @@ from conftest import ROOT, Golden, market_tree, write_image
 from PIL import Image
 
 import evaluate
-import ranking
 from data import InputError, Record, load_dataset
-from evaluate import ReIDModel, cmc_map, draw_ranks, filtered_ranking, rank_features
+from evaluate import ReIDModel, answers, cmc_map, labels_of, rank_features
+from extra.pictures import GREEN, GREY, draw_ranks, filtered_ranking
 from personvit import VisionTransformer
-from pictures import GREEN, GREY
-from ranking import Gallery, Labels
+from extra.study import colour_histograms
 
 # ---- ranking ---------------------------------------------------------------------------------
 
 
 def by_definition(dist, q_pids, g_pids, q_cams, g_cams, max_rank, q_images=None, g_images=None):
-    """CMC and both APs in plain Python, one query at a time, from the words of the protocol."""
-    cmc, APs = np.zeros(max_rank), {"step": [], "market": []}
+    """CMC, both APs and INP in plain Python, one query at a time, from the words of the protocol."""
+    cmc, APs = np.zeros(max_rank), {"step": [], "market": [], "INP": []}
     for q in range(len(q_pids)):
         kept = []
         for g in range(len(g_pids)):
@@ -35,7 +35,8 @@ def by_definition(dist, q_pids, g_pids, q_cams, g_cams, max_rank, q_images=None,
         kept.sort()  # False < True: among ties the wrong answers come first
         hits = [rank for rank, (_, same) in enumerate(kept) if same]
         if not hits:
-            APs["step"].append(math.nan), APs["market"].append(math.nan)
+            for values in APs.values():
+                values.append(math.nan)
             continue
         cmc[hits[0]:] += 1
         step = market = 0.0
@@ -45,6 +46,7 @@ def by_definition(dist, q_pids, g_pids, q_cams, g_cams, max_rank, q_images=None,
             step += new / len(hits)
             market += (old + new) / 2 / len(hits)
         APs["step"].append(step), APs["market"].append(market)
+        APs["INP"].append(len(hits) / (hits[-1] + 1))            # ranks of the last one count from 1
     valid = sum(not math.isnan(a) for a in APs["step"])
     return cmc / max(valid, 1), APs, valid
 
@@ -70,6 +72,7 @@ def test_cmc_map_equals_the_definition(seed):
         return
     for ap in ("step", "market"):
         result = cmc_map(dist, qp, gp, qc, gc, 12, ap=ap, **images)
+        assert result.mINP == pytest.approx(np.nanmean(APs["INP"])) and f"mINP {result.mINP:.2%}" in str(result)
         np.testing.assert_allclose(result.cmc, cmc, atol=1e-12)
         np.testing.assert_allclose(result.AP, APs[ap], atol=1e-12)
         assert result.mAP == pytest.approx(np.nanmean(APs[ap])) and result.mAP == result.mAPs[ap]
@@ -95,6 +98,15 @@ def test_average_precision_examples(hits, step, market):
     result = cmc_map([list(range(len(hits)))], [1], hits, [0], [1] * len(hits))
     assert result.mAPs["step"] == pytest.approx(step, abs=5e-5)
     assert result.mAPs["market"] == pytest.approx(market, abs=5e-5)
+
+
+@pytest.mark.parametrize("hits, wanted", [                       # right answers / rank of the last
+    ([1, 1, 1], 1), ([1, 0, 0, 0, 1], 0.4), ([0, 0, 1], 1 / 3), ([1, 0, 1, 0, 0, 0], 2 / 3)])
+def test_inverse_negative_penalty(hits, wanted):
+    result = cmc_map([list(range(len(hits)))], [1], hits, [0], [1] * len(hits))
+    assert result.mINP == pytest.approx(wanted)
+    other = cmc_map([[0, 1], [0, 1], [0, 1]], [1, 2, 3], [1, 2], [0] * 3, [1, 1])       # a mean over the valid alone
+    assert other.mINP == pytest.approx((1 + 1 / 2) / 2) and other.valid == 2
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -183,13 +195,15 @@ def test_picture_and_metric_agree_on_ties():
     g = torch.stack([angle.cos(), angle.sin()], dim=1).float()
     q = torch.tensor([[1.0, 0.0]])
     result = rank_features(q, [1], [0], g, [1, 2], [1, 1])
-    order, _ = filtered_ranking(evaluate.Features(q, torch.tensor([9]), [1], [0]),
-                                evaluate.Features(g, torch.tensor([1, 2]), [1, 2], [1, 1]), 0)
+    one, two = torch.tensor([1, 1]), torch.tensor([1, 2])
+    order, _ = filtered_ranking(evaluate.Features(q, torch.tensor([9]), one[:1], torch.tensor([0])),
+                                evaluate.Features(g, two, two, one), 0)
+    assert inspect.signature(filtered_ranking).parameters["tie"].default == evaluate.TIE
     assert result.cmc[0] == 0 and order.tolist() == [1, 0]
 
 
 def test_shapes_must_agree():
-    with pytest.raises(InputError, match="the gallery has 3 images and 2 ids and 2 cameras"):
+    with pytest.raises(InputError, match="the gallery has 3 images and 2 ids"):
         cmc_map(np.ones((2, 3)), [1, 2], [1, 2], [0, 0], [1, 1])
     for empty, words in ((0, "the query has 0 images"), (1, "the gallery has 0 images")):
         feats, labels = [torch.eye(3), torch.eye(3)], [[1, 2, 3], [1, 2, 3]]
@@ -211,17 +225,16 @@ def test_official_good_and_junk_lists_agree():
     listing = sorted(p.name for p in (MARKET / "bounding_box_test").glob("*.jpg"))  # .mat files count these from 1
     place = {name: i + 1 for i, name in enumerate(listing)}
     in_listing = np.array([place[os.path.basename(r.path)] for r in dataset.gallery])
-    query, labels = (Labels(side, len(part), [r.pid for r in part], [r.camid for r in part])
-                     for side, part in (("query", dataset.query), ("gallery", dataset.gallery)))
-    gallery = Gallery(labels)
+    query, gallery = (labels_of(side, len(part), [r.pid for r in part], [r.camid for r in part])
+                      for side, part in (("query", dataset.query), ("gallery", dataset.gallery)))
     assert len(dataset.query) == 3368
     for i, record in enumerate(dataset.query):
-        columns, match, same = gallery.split(query, slice(i, i + 1))
+        right, left_out = answers(query[:, i], gallery)
         stem = os.path.basename(record.path).split(".")[0]
         good, junk = (set(loadmat(MARKET / "gt_query" / f"{stem}_{kind}.mat")[f"{kind}_index"].flatten().tolist())
                       for kind in ("good", "junk"))
-        assert set(in_listing[columns[match].numpy()].tolist()) == good
-        own = set(in_listing[columns[same & ~match].numpy()].tolist())
+        assert set(in_listing[right].tolist()) == good
+        own = set(in_listing[left_out].tolist())
         gone = {place[n] for n in listing if n.startswith("-1")}  # junk of pid -1 was dropped on reading
         assert own == {i for i in junk if i not in gone and i <= len(listing)} or (not own and len(junk) == 1)
 
@@ -288,15 +301,15 @@ def test_not_finite_features_are_an_error(market):
 def test_folder_without_cameras_excludes_the_image_alone(tmp_path):
     for i in range(3):
         for k in range(4):
-            write_image(tmp_path / f"{i:04d}_{k}.jpg", 10 * i + k)
-    dataset = load_dataset("folder", tmp_path)
+            write_image(tmp_path / "people" / f"{i:04d}" / f"{k}.jpg", 10 * i + k)
+    dataset = load_dataset("folder", tmp_path / "people")
     result, q, g = evaluate.evaluate(MeanColour(), dataset, RECIPE, workers=0)
     assert result.valid == result.total == 12
     order, _ = filtered_ranking(q, g, 5)
     assert sorted(order.tolist()) == [i for i in range(12) if i != 5]
     one_camera = tmp_path / "one"
-    for p in sorted(tmp_path.glob("*.jpg")):
-        write_image(one_camera / p.name.replace("_", "_c1_", 1), int(p.stem.replace("_", "")))
+    for p in sorted(tmp_path.glob("people/*/*.jpg")):
+        write_image(one_camera / f"{p.parent.name}_c1_{p.name}", int(p.parent.name + p.stem))
     dataset = load_dataset("folder", one_camera)
     with pytest.raises(InputError, match="--cams none"):
         evaluate.evaluate(MeanColour(), dataset, RECIPE, workers=0)
@@ -325,7 +338,7 @@ def test_first_column_is_green_for_exactly_the_hits(tmp_path):
 def test_histogram_counts_colours(tmp_path):
     for name, colour in (("a", (255, 0, 0)), ("b", (255, 0, 0)), ("c", (0, 0, 255))):
         Image.new("RGB", (8, 16), colour).save(tmp_path / f"{name}.png")
-    f = evaluate.colour_histograms([Record(str(tmp_path / f"{n}.png"), 1, 0) for n in "abc"])
+    f = colour_histograms([Record(str(tmp_path / f"{n}.png"), 1, 0) for n in "abc"])
     torch.testing.assert_close(f @ f.T, torch.tensor([[1.0, 1, 0], [1, 1, 0], [0, 0, 1]]))
 
 
@@ -413,8 +426,8 @@ def test_rerank_in_small_pieces_is_the_same(monkeypatch):
     x = F.normalize(torch.randn(20, 8)[torch.arange(90) % 20] + 0.3 * torch.randn(90, 8), dim=1)
     whole = evaluate.rerank(x[:30], x[30:], 6, 3, 0.3)
     for chunk in (1, 7):
-        pieces = torch.cat(list(ranking.reranked_chunks(x[:30], x[30:], 6, 3, 0.3, chunk)))
-        torch.testing.assert_close(pieces, whole)
+        pieces = np.stack(list(evaluate.reranked_rows(x[:30], x[30:], 6, 3, 0.3, chunk)))
+        torch.testing.assert_close(torch.from_numpy(pieces), whole)
 
 
 def test_rank_features_with_rerank_ranks_the_reranked_distances():

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from evaluate import ReIDModel
 from personvit import PersonViT, VisionTransformer, cls_loss, draw_masks, patch_loss
-from train import triplet_loss
+from train import FineTuning, Recipe, triplet_loss
 from upreid import UPReID, global_consistency, info_nce, intrinsic_contrast, resnet_tiny
-from weights import ReIDModel
 
 
 def finite(loss, *inputs) -> bool:
@@ -89,10 +89,10 @@ def test_upreid_at_the_edges(B, scale, bf16):
 @pytest.mark.parametrize("scale, bf16", [(0, False), (1e3, False), (1e3, True)])
 def test_fine_tuning_at_the_edges(scale, bf16):
     torch.manual_seed(0)
-    model = ReIDModel(resnet_tiny(), 3).train()
+    model = FineTuning(ReIDModel(resnet_tiny(), 3), Recipe()).train()
     x, y = scale * torch.randn(6, 3, 32, 16), torch.arange(6) // 2
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        scores, feature = model(x)
-    loss = F.cross_entropy(scores.float(), y) + triplet_loss(feature, y)
-    loss.backward()
-    assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+        losses = model(x, y)
+    losses["total"].backward()
+    assert all(v.isfinite() for v in losses.values())
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)

@@ -1,5 +1,6 @@
-"""personvit.py against recorded outputs of the reference, PyTorch's attention, loops, and itself."""
+"""personvit.py against recorded outputs of the reference, PyTorch's attention, loops, and itself; its recipe."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -9,8 +10,8 @@ import torch.nn.functional as F
 from conftest import Golden
 
 import personvit
-from personvit import (Attention, Block, PersonViT, VisionTransformer, block_mask, cls_loss, draw_masks, patch_loss,
-                       resize_pos_embed)
+from personvit import (Attention, Block, PersonViT, PersonViTRecipe, VisionTransformer, block_mask, clip_each, cls_loss,
+                       cosine, draw_masks, hidden_patches, matrix_groups, patch_loss, resize_pos_embed)
 
 SIZES = {"vit_mini": 1_304_960, "vit_tiny": 5_511_360, "vit_small": 21_639_552, "vit_base": 85_746_432}
 
@@ -92,8 +93,6 @@ def test_other_image_sizes_and_shapes():
     assert net(torch.randn(3, 3, 64, 32)).shape == (3, net.embed_dim)
     with pytest.raises(ValueError, match="holds no patch"):
         net(torch.randn(1, 3, 15, 32))
-    with pytest.raises(ValueError, match="multiple of num_heads"):
-        VisionTransformer(embed_dim=10, num_heads=3)
 
 
 # ---- masks -----------------------------------------------------------------------------------
@@ -173,6 +172,9 @@ def test_patch_loss_equals_the_loop():
     ours = patch_loss(t.flatten(0, 2)[rows], s.flatten(0, 2)[rows].log(), weight)
     assert ours.item() == pytest.approx(float(plain_patch_loss(t, s, masks)), rel=1e-12)
     assert patch_loss(t[0, 0, :0], s[0, 0, :0].log(), weight[:0]).item() == 0
+    places, counts = hidden_patches(masks.unflatten(2, (3, 2)))
+    assert torch.equal(places, rows.nonzero().flatten())
+    torch.testing.assert_close(counts, weight.float(), rtol=1e-6, atol=0)
 
 
 # ---- the objective ---------------------------------------------------------------------------
@@ -193,10 +195,11 @@ def small_views(B=3, L=2, grid=(4, 2), seed=0, ratio=0.5):
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_three_steps_equal_reference(shared):
-    from pretrain import clip_each, matrix_groups
     golden = Golden(f"ibot_{'shared' if shared else 'separate'}_head")
     vit = VisionTransformer((32, 32), 8, embed_dim=24, depth=2, num_heads=2)
-    model = PersonViT(vit, 40, hidden=32, bottleneck=16, shared_head=shared, norm_last_layer=True).train()
+    model = PersonViT(vit, 40, hidden=32, bottleneck=16, shared_head=shared, norm_last_layer=True,
+                      clip=float(golden["clip_grad"]), freeze_last_layer=int(golden["freeze_last_layer_epochs"]))
+    model.train()
     student = golden.state("student.")
     model.mask_token.data.copy_(student.pop("backbone.masked_embed"))
     model.student.load_state_dict(student, strict=True)
@@ -213,11 +216,7 @@ def test_three_steps_equal_reference(shared):
             torch.testing.assert_close(losses[ours].detach(), golden[f"{theirs}{i}"], rtol=1e-5, atol=1e-5)
         optimizer.zero_grad()
         losses["total"].backward()
-        clip_each(model.parameters(), float(golden["clip_grad"]))
-        if golden["epoch"][i] < golden["freeze_last_layer_epochs"]:
-            for name, p in model.named_parameters():
-                if "last_layer" in name:
-                    p.grad = None
+        model.finish_gradients(int(golden["epoch"][i]))
         optimizer.step()
         model.update_teacher(float(golden["momentum"][i]))
         torch.testing.assert_close(model.center, golden[f"center{i + 1}"][0], rtol=1e-5, atol=1e-6)
@@ -290,7 +289,7 @@ def test_nothing_hidden_and_everything_hidden():
 
 def test_masks_must_fit():
     for masks in (torch.zeros(2, 3, 2, 4, dtype=torch.bool), torch.zeros(2, 3, 4, 2)):
-        with pytest.raises(ValueError, match="masks are bool of shape .views, images, 4, 2."):
+        with pytest.raises(ValueError, match=r"masks are bool of shape \(2, 3, 4, 2\), not "):
             small_model()(small_views() | {"masks": masks}, 0.04, 0.04)
 
 
@@ -377,3 +376,96 @@ def test_large_bf16_inputs_give_finite_losses():
     with torch.autocast("cpu", torch.bfloat16):
         losses = model(views, 0.04, 0.07)
     assert all(torch.isfinite(v) for v in losses.values()) and losses["total"].dtype == torch.float32
+
+
+# ---- how it is trained -----------------------------------------------------------------------
+
+
+def test_schedules_equal_reference():
+    golden = Golden("ibot_schedules")
+    recipe = dataclasses.replace(PersonViTRecipe(), epochs=30, batch=512, lr=5e-4, warmup=10)
+    values = [recipe.schedule(step, 7) for step in range(210)]
+    for part, ours, theirs in ((0, "lr", "lr"), (0, "weight_decay", "wd"), (1, "momentum", "momentum")):
+        np.testing.assert_allclose([v[part][ours] for v in values], golden[theirs], rtol=1e-6, atol=1e-12)
+    for name in ("teacher_temp", "patch_temp"):
+        slow = dataclasses.replace(recipe, temp_warmup=30, epochs=40)
+        temps = [slow.schedule(epoch * 7, 7)[1][name] for epoch in (0, 29, 39)]
+        np.testing.assert_allclose(temps, [0.04, 0.07, 0.07])
+
+
+def test_gradients_are_clipped_per_tensor():
+    a, b = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
+    a.grad, b.grad = torch.tensor([3.0, 4.0]), torch.tensor([0.1, 0.0])
+    norm = clip_each([a, b, torch.nn.Parameter(torch.zeros(1))], 1.0)
+    torch.testing.assert_close(a.grad, torch.tensor([0.6, 0.8]), rtol=1e-5, atol=1e-6)
+    assert b.grad.tolist() == pytest.approx([0.1, 0.0]) and norm.item() == pytest.approx((25 + 0.01) ** 0.5)
+
+
+def test_decay_acts_on_matrices_only():
+    model = PersonViT(VisionTransformer((32, 16), 8, embed_dim=8, depth=1, num_heads=2), 5, 8, 4)
+    matrices, others = matrix_groups(model)
+    assert all(p.ndim > 1 for p in matrices["params"]) and all(p.ndim == 1 for p in others["params"])
+    assert others["decay"] == 0 and len(matrices["params"]) + len(others["params"]) == sum(
+        p.requires_grad for p in model.parameters())
+
+
+def test_prototypes_stand_still_in_the_first_epochs():
+    model = small_model()
+    model.clip, model.freeze_last_layer = 1e-3, 2
+    for epoch in range(3):
+        model.zero_grad(set_to_none=True)
+        model(small_views(), 0.04, 0.04)["total"].backward()
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        norm = model.finish_gradients(epoch)
+        torch.testing.assert_close(norm, torch.stack([g.norm() for g in grads.values()]).norm())  # before clipping
+        left = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        assert set(grads) - set(left) == {n for n in grads if "last_layer" in n and epoch < 2}
+        assert all(g.norm() <= 1.001e-3 for g in left.values()) and any("last_layer" in n for n in grads)
+
+
+def test_every_number_of_the_recipe_arrives():
+    recipe = PersonViTRecipe(arch="vit_mini", size=(64, 32), epochs=4, batch=8, lr=0.64, min_lr=0.1, warmup=1,
+                             weight_decay=0.2, weight_decay_end=0.6, momentum=0.5, prototypes=9, hidden=10,
+                             bottleneck=5, shared_head=False, norm_last_layer=True, student_temp=0.3, teacher_temp=0.06,
+                             teacher_temp_end=0.08, temp_warmup=3, clip=0.7, freeze_last_layer=2, drop_path=0.4)
+    model = recipe.build()
+    assert model.student["backbone"].pos_embed.shape == (1, 9, 128) and model.center.shape == (9,)
+    head = model.student["head"]
+    assert head.mlp[0].out_features == 10 and head.last_layer.weight_v.shape == (9, 5)
+    assert head.last_layer2 is not head.last_layer and not head.last_layer.weight_g.requires_grad
+    assert (model.student_temp, model.clip, model.freeze_last_layer) == (0.3, 0.7, 2)
+    assert model.student["backbone"].blocks[-1].drop_path == pytest.approx(0.4)
+    assert model.reference == {"ln_K": math.log(9)}
+    optimizer = recipe.optimizer(model)
+    assert isinstance(optimizer, torch.optim.AdamW) and [group["decay"] for group in optimizer.param_groups] == [1, 0]
+    rates, now = zip(*(recipe.schedule(step, 5) for step in range(20)))
+    assert [r["lr"] for r in rates[:5]] == pytest.approx([0.64 * 8 / 256 * step / 4 for step in range(5)])
+    assert rates[5]["lr"] == pytest.approx(0.02) and rates[12]["lr"] == pytest.approx(cosine(7 / 15, 0.02, 0.1))
+    assert rates[10]["weight_decay"] == pytest.approx(0.4) and now[10]["momentum"] == pytest.approx(0.75)
+    assert [n["teacher_temp"] for n in now[::5]] == pytest.approx([0.06, 0.07, 0.08, 0.08])
+    drawn = recipe.draw(generator(0))
+    assert drawn["masks"].shape == (2, 4, 2) and torch.equal(drawn["masks"], draw_masks(2, 4, 2, generator(0)))
+    assert dataclasses.replace(recipe, masks=False).draw(generator(0)) == {}
+
+
+@pytest.mark.parametrize("change, parts, message", [
+    ({"size": (32, 16)}, 1, "--size 32x16 is too small"),
+    ({"size": (8, 8), "local_crops": 0}, 1, "--size 8x8 is too small"),
+    ({"batch": 4}, 3, "--batch 4 cannot be shared evenly, two images at least each, by 3 processes"),
+    ({"batch": 4}, 4, "--batch 4 cannot be shared evenly, two images at least each, by 4 processes")])
+def test_recipes_that_do_not_fit_together(change, parts, message):
+    with pytest.raises(ValueError, match=message):
+        PersonViTRecipe(**{"arch": "vit_mini", "size": (64, 32), "prototypes": 9} | change).build(parts)
+
+
+def test_presets():
+    assert PersonViTRecipe.preset("luperson") == PersonViTRecipe()           # the published ViT-S recipe
+    assert PersonViTRecipe.preset("luperson", "vit_base").norm_last_layer
+    assert PersonViTRecipe.preset("market1501").batch == 128 and PersonViTRecipe.preset("synthetic").arch == "vit_mini"
+    assert PersonViTRecipe.preset("market1501", "vit_mini").size == (128, 64)
+    for dataset in ("luperson", "market1501", "synthetic"):
+        PersonViTRecipe.preset(dataset).build()
+
+
+def test_cosine_ends():
+    assert cosine(0, 3, 1) == 3 and cosine(1, 3, 1) == 1 and cosine(0.5, 3, 1) == 2 and cosine(9, 3, 1) == 1

@@ -12,10 +12,10 @@ from conftest import write_image
 from PIL import Image
 
 import evaluate
-import pictures
-from data import InputError, Record
+from data import InputError, Record, load_dataset
+from evaluate import ReIDModel, build_backbone
+from extra import pictures
 from personvit import VisionTransformer
-from weights import ReIDModel, build_backbone
 
 
 @pytest.fixture
@@ -140,10 +140,10 @@ def test_attention_is_the_softmax_of_the_last_block():
     torch.manual_seed(0)
     vit, x = VisionTransformer((64, 32), 16, embed_dim=24, depth=2, num_heads=3).eval(), torch.randn(2, 3, 64, 32)
     with torch.no_grad():
-        attention = evaluate.cls_attention(vit, x)
+        attention = pictures.cls_attention(vit, x)
         assert attention.shape == (2, 3, 4, 2)
         # by hand: the first block, then queries and keys of the second
-        tokens = torch.cat([vit.cls_token.expand(2, -1, -1), vit.patch_embed(x).flatten(2).mT], 1) + vit.pos_embed
+        tokens = torch.cat([vit.cls_token.expand(2, -1, -1), vit.patch_embed["proj"](x).flatten(2).mT], 1) + vit.pos_embed
         h = vit.blocks[1].norm1(vit.blocks[0](tokens))
         qkv = vit.blocks[1].attn.qkv(h).reshape(2, 9, 3, 3, 8)
         for i in range(2):
@@ -158,16 +158,16 @@ def test_clusters_find_patches_that_are_alike():
     vit.pos_embed.data.zero_()
     x = torch.zeros(3, 3, 64, 32)
     x[:, :, 32:] = 1                                             # two kinds of patches, above and below
-    clusters, typical = evaluate.patch_clusters(vit, x, count=2)
+    clusters, typical = pictures.patch_clusters(vit, x, count=2)
     assert clusters.shape == (3, 4, 2) and len(clusters[:, :2].unique()) == len(clusters[:, 2:].unique()) == 1
     assert clusters[0, 0, 0] != clusters[0, 3, 0] and (typical > 0.999).all()
-    assert torch.equal(clusters, evaluate.patch_clusters(vit, x, count=2)[0])
+    assert torch.equal(clusters, pictures.patch_clusters(vit, x, count=2)[0])
 
 
 def test_each_head_has_its_own_map_and_bright_is_much(tmp_path):
     image, attention = torch.full((1, 3, 128, 64), 100, dtype=torch.uint8), torch.zeros(1, 2, 2, 1)
     attention[0, 0, 0], attention[0, 1, 1] = 1, 1                # head 1 looks up, head 2 down
-    pictures.draw_attention(tmp_path / "a.png", "title", image, attention)
+    pictures.attention_page(tmp_path / "a.png", "title", image, attention)
     page = np.asarray(Image.open(tmp_path / "a.png").convert("L")).astype(int)
     for head, (bright, dark) in ((1, (0, 1)), (2, (1, 0))):
         x, y = pictures.Sheet(3, 1, '').place(head, 0)
@@ -177,7 +177,7 @@ def test_each_head_has_its_own_map_and_bright_is_much(tmp_path):
 
 def test_curves_have_the_colours_of_their_names(tmp_path):
     lines = {f"run {i}": ([0, 1, 2], [i, i, i]) for i in range(3)}
-    pictures.draw_curves(tmp_path / "c.png", [("t", "x", "y", lines)])
+    pictures.curve_page(tmp_path / "c.png", [("t", "x", "y", lines)])
     page = np.asarray(Image.open(tmp_path / "c.png"))
     rows = [np.flatnonzero((page[:300] == color).all(2).any(1)).mean() for color in pictures.PALETTE[:3]]
     assert rows[0] > rows[1] > rows[2]                           # larger values stand higher
@@ -185,22 +185,26 @@ def test_curves_have_the_colours_of_their_names(tmp_path):
 
 def test_examples_of_a_cluster_are_typical(market, tmp_path, weights, monkeypatch):
     seen = []
-    monkeypatch.setattr(pictures, "draw_clusters", lambda *args: seen.append(args))
+    monkeypatch.setattr(pictures, "cluster_page", lambda *args: seen.append(args))
     model, recipe = evaluate.load_model(weights)
-    evaluate.draw_clusters("c.png", evaluate.load_dataset("market1501", market), model, recipe)
+    pictures.draw_clusters("c.png", load_dataset("market1501", market), model, recipe)
     _, _, images, clusters, examples, shares = seen[0]
-    _, typical = evaluate.patch_clusters(model.base, evaluate.normalize(images, recipe["mean"], recipe["std"]))
+    _, typical = pictures.patch_clusters(model.base, pictures.normalize(images, recipe["mean"], recipe["std"]))
     for c in (clusters.unique()).tolist():
         i, r, k = np.unravel_index(int(torch.where(clusters == c, typical, -torch.inf).argmax()), clusters.shape)
         assert torch.equal(examples[c][0], images[i, :, 16 * r:16 * r + 16, 16 * k:16 * k + 16])
     assert sum(shares) == pytest.approx(1)
 
 
-def test_people_in_pictures_are_different_people():
+def test_people_in_pictures_are_different_people(monkeypatch):
     class Set:
         query = [Record(f"{i}", i // 3, 0) for i in range(30)]
-    assert [r.path for r in evaluate.people_of(Set, 5)] == ["0", "6", "12", "18", "24"]
-    assert len(evaluate.people_of(Set, 99)) == 10
+
+    seen, recipe = [], {"size": (2, 1), "mean": [0] * 3, "std": [1] * 3}
+    monkeypatch.setattr(pictures, "read_image", lambda path, *_: seen.append(path) or torch.zeros(3, 2, 1))
+    pictures.read_people(Set, 5, recipe)
+    assert seen == ["0", "6", "12", "18", "24"]
+    assert len(pictures.read_people(Set, 99, recipe)[0]) == 10
 
 
 def test_curves(weights, tmp_path, capsys):
@@ -241,7 +245,7 @@ def test_similarity_ranges():
     torch.manual_seed(0)
     feats = F.normalize(torch.randn(40, 8), dim=1)
     pids, cams = [i % 4 for i in range(40)], [i % 3 for i in range(40)]
-    side = evaluate.Features(feats, torch.arange(40), pids, cams)
+    side = evaluate.Features(feats, torch.arange(40), torch.tensor(pids), torch.tensor(cams))
     ranges = evaluate.similarity_ranges(side, side)
     values = [float(feats[i] @ feats[j]) for i in range(40) for j in range(40) if pids[i] == pids[j] and cams[i] != cams[j]]
     assert ranges["same"] == pytest.approx(np.quantile(values, [0.05, 0.5, 0.95]), abs=1e-3)

@@ -2,41 +2,47 @@
 
 import dataclasses
 import json
-import os
 import re
 
 import pytest
-from conftest import ROOT, command, market_tree, write_image
+import torch
+from conftest import command, market_tree, write_image
 from PIL import Image
 
-import study
-import train
-from data import Dataset, Record, some_identities
-from pretrain import PersonViTRecipe, UPReIDRecipe
-from runs import Machine
+from data import Dataset, InputError, Record, load_dataset, some_identities
+from extra import study
+from personvit import PersonViTRecipe
+from train import Machine, Recipe
+from upreid import UPReIDRecipe
 
-TINY = {"upreid": UPReIDRecipe(arch="resnet_tiny", size=(64, 32), epochs=1, batch=4, lr=0.1, dim=8, queue=10, groups=2),
-        "personvit": PersonViTRecipe(arch="vit_mini", size=(64, 32), epochs=1, batch=4, prototypes=16, hidden=16,
-                                     bottleneck=8, local_crops=2)}
-
-
+TINY = {
+    UPReIDRecipe: UPReIDRecipe(arch="resnet_tiny", size=(64, 32), epochs=1, batch=4, lr=0.1, dim=8,
+                               queue=10, groups=2),
+    PersonViTRecipe: PersonViTRecipe(arch="vit_mini", size=(64, 32), epochs=1, batch=4, hidden=16,
+                                     prototypes=16, bottleneck=8, local_crops=2)}
 GIVEN = {"bf16": False}
 
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """Networks and recipes for the fabricated set of four people."""
-    monkeypatch.setattr(study, "pretrain_recipe_for", lambda method, *_: TINY[method])
-    monkeypatch.setattr(study, "recipe_for", lambda dataset, arch="resnet_tiny": train.Recipe(
-        arch=arch, size=(64, 32), epochs=1, ids=3, images=2))
+    """Recipes for fabricated sets of a few people."""
+    for kind in TINY:
+        monkeypatch.setattr(kind, "preset", classmethod(lambda cls, *_: TINY[cls]))
+    monkeypatch.setattr(Recipe, "preset", classmethod(lambda cls, _, arch="resnet_tiny": cls(
+        arch=arch, size=(64, 32), epochs=1, ids=3, images=2)))
+
+
+def crowd(people: int) -> Dataset:
+    return Dataset("crowd", None, [Record("", pid, 0) for pid in range(people)], [], [])
 
 
 def test_few_labels_are_whole_people_numbered_anew_and_nested():
     records = [Record(f"{pid}_{i}.jpg", pid, i) for pid in range(50) for i in range(1 + pid % 4)]
     for seed in range(20):
         few, more = (some_identities(records, share, seed) for share in (0.1, 0.5))
-        assert sorted({r.pid for r in few}) == list(range(5)) and sorted({r.pid for r in more}) == list(range(25))
-        for r in few:                                             # one number for all images of a person, and only these
+        for part, people in ((few, 5), (more, 25)):
+            assert sorted({r.pid for r in part}) == list(range(people))
+        for r in few:  # one number for all images of a person, and only these
             same = {q.path.split("_")[0] for q in few if q.pid == r.pid}
             assert same == {r.path.split("_")[0]}
             assert sum(q.pid == r.pid for q in few) == 1 + int(r.path.split("_")[0]) % 4
@@ -45,48 +51,56 @@ def test_few_labels_are_whole_people_numbered_anew_and_nested():
     assert some_identities(records, 1, 7) is records
 
 
-@pytest.mark.parametrize("name, rows, trained", [("upreid", 5, 4), ("personvit", 5, 4), ("few-shot", 12, 2), ("demo", 4, 2)])
-def test_rows(tiny, name, rows, trained):
-    """Rows of a network differ in their origin alone; a pre-training is done once for all shares."""
-    dataset = Dataset("crowd", None, [Record("", pid, 0) for pid in range(40)], [], [])
-    got = study.STUDIES[name](dataset, 3, {"size": (32, 16), "epochs": 2, "pretrain_epochs": 3, "bf16": False})
+@pytest.mark.parametrize("name, rows, trained, shares", [
+    ("upreid", 5, 4, {1.0}), ("personvit", 5, 4, {1.0}), ("few-shot", 12, 2, {0.1, 0.3, 1.0}),
+    ("demo", 4, 2, {0.1, 0.3})])
+def test_rows(tiny, name, rows, trained, shares):
+    """Rows of a network differ in their origin alone; one pre-training is done for all shares."""
+    given = {"size": (32, 16), "epochs": 2, "pretrain_epochs": 3, "bf16": False}
+    got = study.STUDIES[name](crowd(40), 3, given)
     assert len(got) == rows == len({(r.group, r.origin) for r in got})
     assert len({r.origin for r in got if r.before}) == trained
     for r in got:
         assert (r.recipe.seed, r.recipe.size, r.recipe.epochs) == (3, (32, 16), 2)
-        assert r.before is None or (r.before.seed, r.before.size, r.before.epochs) == (3, (32, 16), 3)
+        assert r.before is None or (r.before.seed, r.before.size, r.before.epochs) == (
+            3, (32, 16), 3)
+        assert r.before is None or isinstance(r.before, study.METHODS[r.method][0])
         assert all(q.recipe == r.recipe for q in got if q.group == r.group)
         assert r.recipe.ids <= r.recipe.labelled * 40
-    assert sorted({r.recipe.labelled for r in got}) == ([0.1, 0.3, 1.0] if name == "few-shot" else [1.0])
+    assert {r.recipe.labelled for r in got} == shares
 
 
 def test_variants_change_what_their_names_say():
-    rows = {r.origin: r.before for r in study.STUDIES["upreid"](load_none(), 0, GIVEN)}
-    assert [(b.weight_global, b.weight_local) for b in rows.values() if b] == [(0, 0), (1, 0), (0, 1), (1, 1)]
-    rows = [r.before for r in study.STUDIES["personvit"](load_none(), 0, GIVEN) if r.before]
-    assert [(b.masks, b.local_crops > 0) for b in rows] == [(True, True), (False, True), (True, False), (False, False)]
+    rows = {r.origin: r.before for r in study.STUDIES["upreid"](crowd(0), 0, GIVEN)}
+    assert [(b.weight_global, b.weight_local) for b in rows.values() if b] == [
+        (0, 0), (1, 0), (0, 1), (1, 1)]
+    rows = [r.before for r in study.STUDIES["personvit"](crowd(0), 0, GIVEN) if r.before]
+    assert [(b.masks, b.local_crops > 0) for b in rows] == [
+        (True, True), (False, True), (True, False), (False, False)]
     assert len({dataclasses.replace(b, masks=True, local_crops=1) for b in rows}) == 1
 
 
-def load_none():
-    return type("Named", (), {"name": "synthetic", "train": []})
-
-
-def test_a_study_from_nothing_to_its_table(tiny, dataset, tmp_path, capsys):
-    study.study("upreid", dataset, [0, 1], GIVEN, tmp_path, False, Machine("cpu", 0))
+def test_a_study_from_nothing_to_its_table(tiny, dataset, tmp_path, capsys, monkeypatch):
+    few = study.variants("upreid", {"U1, instance contrast (MoCo v2)": dict(weight_global=0.0),
+                                    "UP-ReID": {}})
+    monkeypatch.setitem(study.STUDIES, "upreid", few)
+    study.study("upreid", dataset, [0, 1], GIVEN, tmp_path, False, Machine(workers=0))
     first = capsys.readouterr().out
     for row in study.STUDIES["upreid"](dataset, 0, GIVEN):
-        assert re.search(rf"^  resnet_tiny, {re.escape(row.origin)} .*\+-", first, re.M), row.origin
-    weights = [json.loads(p.read_text()) for p in sorted(tmp_path.glob("*_pretraining/recipe.json"))]
-    assert sorted((w["weight_global"], w["weight_local"], w["seed"]) for w in weights) == [
-        (g, l, seed) for g in (0, 1) for l in (0, 1) for seed in (0, 1)]
+        line = rf"^  resnet_tiny, {re.escape(row.origin)} .*\+-"
+        assert re.search(line, first, re.M), row.origin
+    recipes = [json.loads(p.read_text()) for p in tmp_path.glob("*_pretraining/recipe.json")]
+    assert sorted((r["weight_global"], r["seed"]) for r in recipes) == [
+        (0, 0), (0, 1), (1, 0), (1, 1)]
     picture = Image.open(tmp_path / "upreid.png")
     assert picture.width > 400 and len(picture.getcolors(100_000)) > 5
     # once more: nothing is trained again, the table is the same
-    study.study("upreid", dataset, [0, 1], GIVEN, tmp_path, False, Machine("cpu", 0))
+    study.study("upreid", dataset, [0, 1], GIVEN, tmp_path, False, Machine(workers=0))
     again = capsys.readouterr().out
-    assert '"step"' in first and '"step"' not in again and again.count("is finished: mAP") == 10
-    assert first[first.rindex("\nmarket"):].splitlines()[:7] == again[again.rindex("\nmarket"):].splitlines()[:7]
+    assert '"step"' in first and '"step"' not in again and again.count("is finished; --overwrite") == 6
+    tables = [text[text.rindex("\nmarket"):].splitlines()[:6] for text in (first, again)]
+    assert tables[0] == tables[1]
+    assert tables[0][1] == "market1501, 4 queries; seeds 0, 1; labelled: 100% of the identities"
 
 
 def test_table_means_spreads_and_pairs(capsys):
@@ -95,42 +109,83 @@ def test_table_means_spreads_and_pairs(capsys):
     table = {("net", study.RANDOM): results(0.10, 0.30), ("net", "pre"): results(0.15, 0.45),
              ("other", "pre"): results(0.2, 0.2)}
     study.print_table(table, "title")
-    lines = [re.split(r"  +", line.strip()) for line in capsys.readouterr().out.strip().splitlines()]
-    assert lines[1] == ["net, random weights", "20.0 +- 14.1", "50.0 +- 0.0", "75.0 +- 0.0", "100.0 +- 0.0"]
-    assert lines[2] == ["net, pre", "30.0 +- 21.2", "50.0 +- 0.0", "75.0 +- 0.0", "100.0 +- 0.0", "10.0 +- 7.1"]
-    assert len(lines[3]) == 5                                     # nothing to compare it with
+    lines = capsys.readouterr().out.strip().splitlines()
+    lines = [re.split(r"  +", line.strip()) for line in lines]
+    assert lines[0] == ["title"] and lines[1][0] == "mAP"
+    ranks = ["50.0 +- 0.0", "75.0 +- 0.0", "100.0 +- 0.0"]
+    assert lines[2] == ["net, random weights", "20.0 +- 14.1", *ranks]
+    assert lines[3] == ["net, pre", "30.0 +- 21.2", *ranks, "10.0 +- 7.1"]
+    assert len(lines[4]) == 5  # nothing to compare it with
 
 
-def test_demo_draws_the_rank_list_of_the_best(tiny, dataset, tmp_path, capsys):
-    study.study("demo", dataset, [0], GIVEN, tmp_path, False, Machine("cpu", 0))
+def test_demo_says_what_it_shows_and_draws_the_rank_list_of_the_best(tiny, tmp_path, capsys):
+    dataset = load_dataset("market1501", market_tree(tmp_path / "data", ids=20, images=2))
+    given = GIVEN | {"pretrain_epochs": 1}
+    study.study("demo", dataset, [3], given, tmp_path, False, Machine(workers=0))
     out = capsys.readouterr().out
-    best = max((json.loads(p.read_text())["mAP"], p.parent.name) for p in tmp_path.glob("*/results.json"))
-    name = re.search(r"rank list of (.*) in ", out)[1]
-    assert json.loads((tmp_path / study.file_name(f"{name.replace(', ', '_', 1)}_0") / "results.json").read_text())["mAP"] == best[0]
-    assert {"colour histogram", "resnet_tiny"} <= set(re.findall(r"no training, (\w+(?: \w+)?)  ", out))
+    assert "\nmarket1501, 20 queries; seed 3; labelled: 10%, 30% of the identities\n" in out
+    assert {"colour histogram", "resnet_tiny"} <= set(re.findall(r"no training, (\w+(?: \w+)?)  ",
+                                                                 out))
+    results = {p.parent.name: json.loads(p.read_text()) for p in tmp_path.glob("*/results.json")}
+    assert len(results) == 4
+    *network, origin = re.search(r"rank list of (.*) in ", out)[1].split(", ")
+    name = study.file_name(f"{', '.join(network)}_{origin}_3")
+    assert results[name]["mAP"] == max(r["mAP"] for r in results.values())
     assert Image.open(tmp_path / "ranks.png").width > 200
 
 
-def test_mistakes_get_one_line(tmp_path):
+def test_colour_histograms_know_colours_and_nothing_else(tmp_path):
+    for name, colour in (("a", (200, 0, 0)), ("b", (0, 0, 200))):
+        Image.new("RGB", (8, 16), colour).save(tmp_path / f"{name}.png")
+    noise = write_image(tmp_path / "c.png")
+    Image.open(noise).transpose(Image.Transpose.ROTATE_180).save(tmp_path / "d.png")
+    features = study.colour_histograms([Record(str(tmp_path / f"{n}.png"), 0, 0) for n in "abcd"],
+                                       size=(16, 8))
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(4))
+    similar = features @ features.T
+    assert similar[0, 1] == 0 and similar[2, 3] > 0.999 and similar[0, 2] < 0.5
+
+
+def test_mistakes_are_found_before_anything_is_trained(tmp_path, capsys):
     market_tree(tmp_path / "market1501")
     write_image(tmp_path / "crops" / "a.jpg")
-    for args, words in [(["upreid"], "64 needs that many images"), (["upreid", "--epochs", "-1"], "--epochs -1"),
-                        (["few-shot", "--dataset", "market"], "did you mean market1501"),
-                        (["demo", "--dataset", tmp_path / "crops"], "has no queries"),
-                        (["few-shot"], "10% of them are 0, a study needs 2")]:
-        done = command("--dataset", "market1501", "--data-root", tmp_path, "--out", tmp_path / "out", "--device", "cpu",
-                       *args, script=ROOT / "study.py")
-        assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-        assert re.search(words, done.stderr)
+    usual = ["--dataset", "market1501", "--data-root", str(tmp_path), "--out",
+             str(tmp_path / "out"), "--device", "cpu", "--threads", str(torch.get_num_threads())]
+    for args, words in (
+            (["upreid"], "64 needs that many images"),
+            (["personvit", "--size", "16x16"], "is too small"),
+            (["personvit", "--size", "8x8"], "patches are of 16 x 16"),
+            (["few-shot"], "10% of them are 0, a study needs 2"),
+            (["few-shot", "--dataset", "market"], "did you mean market1501"),
+            (["demo", "--dataset", str(tmp_path / "crops")], "has no queries")):
+        with pytest.raises(InputError, match=words):
+            study.main([args[0], *usual, *args[1:]])
         assert not list(tmp_path.glob("out/*"))
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "upreid.png").write_text("a picture of the user's")
-    done = command("upreid", "--dataset", "market1501", "--data-root", tmp_path, "--out", tmp_path / "mine",
-                   script=ROOT / "study.py")
-    assert done.returncode == 1 and "mine is no study's folder, and upreid.png in it would be replaced" in done.stderr
-    for args, words in ((["everything"], "invalid choice"), (["upreid", "--workers", "-1"], "--workers is at least 0"),
+    for args, words in ((["everything"], "invalid choice"),
+                        (["upreid", "--workers", "-1"], "--workers is at least 0"),
+                        (["upreid", "--epochs", "-1"], "--epochs"),
                         (["upreid", "--seeds", "3", "3"], "no seed counts twice")):
-        done = command(*args, script=ROOT / "study.py")
-        assert done.returncode == 2 and words in done.stderr
-    done = command("upreid", script=ROOT / "study.py", env=os.environ | {"WORLD_SIZE": "2"})
-    assert done.returncode == 2 and "one process" in done.stderr
+        with pytest.raises(SystemExit, match="2"):
+            study.main(args)
+        assert words in capsys.readouterr().err
+
+
+def test_a_folder_with_pictures_of_the_users_is_left_alone(tmp_path):
+    """And, as a script, a mistake ends in one line."""
+    market_tree(tmp_path / "market1501")
+    picture = tmp_path / "mine" / "upreid.png"
+    picture.parent.mkdir()
+    picture.write_text("a picture of the user's")
+    done = command("upreid", "--dataset", "market1501", "--data-root", tmp_path, "--out",
+                   picture.parent, script="extra.study")
+    assert done.returncode == 1 and done.stderr == (
+        f"error: {picture.parent} is no study's folder, and upreid.png in it would be replaced; "
+        f"choose another with --out\n")
+    assert picture.read_text() == "a picture of the user's"
+
+
+def test_several_processes_are_refused(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="2"):
+        study.main(["upreid"])
+    assert "one process" in capsys.readouterr().err

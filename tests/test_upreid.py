@@ -1,6 +1,9 @@
 """The ResNet of upreid.py against torchvision's; the losses against their formulas; the objective."""
 
+import dataclasses
 import math
+import os
+import re
 import subprocess
 import sys
 
@@ -8,10 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 
 import upreid
-from upreid import ResNet, UPReID, global_consistency, info_nce, intrinsic_contrast
+from upreid import ResNet, UPReID, UPReIDRecipe, global_consistency, info_nce, intrinsic_contrast
 
 # parameters without a classifier; torchvision's resnet50 has 25,557,032 with its fc of 2,049,000
 SIZES = {"resnet50": 23_508_032, "resnet_tiny": 2_011_168}
@@ -64,12 +67,20 @@ def test_bad_depths_raise(depths):
         upreid.ResNet(depths)
 
 
-@pytest.mark.parametrize("module", ["upreid", "personvit"])
-def test_file_runs_alone_in_an_empty_folder(module, tmp_path):
-    (tmp_path / f"{module}.py").write_text((ROOT / f"{module}.py").read_text())
-    done = subprocess.run([sys.executable, "-I", f"{module}.py"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "parameters" in done.stdout and "feature" in done.stdout
+def test_files_of_both_methods_run_alone_in_an_empty_folder(tmp_path):
+    """A model each, its sizes, and a step on noise whose losses are numbers."""
+    started = {}
+    for module in ("upreid", "personvit"):                       # both at once
+        (tmp_path / module).mkdir()
+        (tmp_path / module / f"{module}.py").write_text((ROOT / f"{module}.py").read_text())
+        started[module] = subprocess.Popen([sys.executable, "-I", f"{module}.py"], cwd=tmp_path / module, text=True,
+                                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for module, process in started.items():
+        out, err = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 0, err
+        assert "parameters" in out and "feature" in out
+        total = re.search(r"one step on noise: {'total': ([\d.]+), ", out)
+        assert math.isfinite(float(total[1])) and os.listdir(tmp_path / module) == [f"{module}.py"]
 
 
 # ---- losses ----------------------------------------------------------------------------------
@@ -247,7 +258,8 @@ def batches_of(net, action):
 @pytest.mark.parametrize("B, groups", [(4, 2), (16, 4), (12, 2)])
 def test_statistics_of_query_and_key_come_from_different_images(B, groups):
     model = small_model(groups=groups, weight_local=0)
-    views = {name: torch.arange(B).float().view(B, 1, 1, 1).expand(B, 3, 32, 16) for name in ("first", "second", "original")}
+    views = {name: torch.arange(B).float().view(B, 1, 1, 1).expand(B, 3, 32, 16)
+             for name in ("first", "second", "original")}
     queries = batches_of(model.online["backbone"], lambda: model(views))
     keys = batches_of(model.momentum["backbone"], lambda: model(views))
     assert sorted(sum(queries, [])) == list(range(B)) and sorted(sum(keys, [])) == sorted([*range(B)] * 2)
@@ -274,9 +286,11 @@ def test_keys_return_to_their_images():
 def test_bfloat16_does_not_reach_the_losses(monkeypatch):
     """A temperature of 0.05 would magnify the rounding of similarities in a narrow cone."""
     model, views = small_model(), small_views()
-    cone = {True: F.normalize(1 + 0.1 * torch.randn(4, 6), dim=1), False: F.normalize(1 + 0.1 * torch.randn(4, 2, 6), dim=2)}
-    monkeypatch.setattr(model, "project", lambda encoder, head, x: cone[x.ndim == 2 and head == "head"] if head == "head"
-                        else F.normalize(torch.ones(4, 4, 6) + torch.arange(4.0)[:, None], dim=2))
+    q = F.normalize(1 + 0.1 * torch.randn(4, 6), dim=1)
+    keys = F.normalize(1 + 0.1 * torch.randn(4, 2, 6), dim=2)
+    stripes = F.normalize(torch.ones(4, 4, 6) + torch.arange(4.0)[:, None], dim=2)
+    monkeypatch.setattr(model, "project", lambda encoder, head, x: (
+        stripes if head == "stripe_head" else q if x.ndim == 2 else keys))
     plain = model(views)
     with torch.autocast("cpu", torch.bfloat16):
         mixed = model(views)
@@ -307,8 +321,66 @@ def test_collapse_is_flagged_both_ways():
     weight = last.weight.detach().clone()
     last.weight.data.zero_()                     # the projection alone: features are as they were
     constant = logged()
-    assert constant["query_std"] < 1e-6 and constant["feature_std"] == healthy["feature_std"] and model.collapsed(constant)
+    assert constant["query_std"] < 1e-6 and constant["feature_std"] == healthy["feature_std"]
+    assert model.collapsed(constant)
     last.weight.data.copy_(weight)
     model.online["backbone"].forward_features = lambda x: torch.ones(len(x), 64, 1, 1)
     constant = logged()
     assert constant["feature_std"] < 1e-6 and model.collapsed(constant)
+
+
+# ---- how it is trained -----------------------------------------------------------------------
+
+
+def test_every_number_of_the_recipe_arrives():
+    """... where LUPerson's code has it."""
+    recipe = UPReIDRecipe(arch="resnet_tiny", size=(64, 32), epochs=4, batch=4, queue=10, groups=2, lr=0.64,
+                          momentum=0.7, temperature=0.3, temperature_global=0.2, temperature_local=0.4,
+                          weight_global=0.5, weight_local=0.25, hardest=1, dim=9)
+    model = recipe.build()
+    optimizer = recipe.optimizer(model)
+    group, = optimizer.param_groups
+    assert (model.temperature, model.temperature_global, model.temperature_local) == (0.3, 0.2, 0.4)
+    assert (model.weight_global, model.weight_local, model.hardest, model.groups) == (0.5, 0.25, 1, 2)
+    assert model.queue.shape == (10, 9) and model.online["backbone"].layer4[0].conv2.stride == (2, 2)
+    assert isinstance(optimizer, torch.optim.SGD) and group["momentum"] == 0.9 and not group["nesterov"]
+    assert group["decay"] == 1 and len(group["params"]) == len(list(model.online.parameters()))
+    rates, now = zip(*(recipe.schedule(step, 3) for step in range(12)))   # constant within an epoch, no warm-up
+    assert [r["lr"] for r in rates[::3]] == pytest.approx(
+        [0.01 * f for f in (1, (2 + 2 ** 0.5) / 4, 0.5, (2 - 2 ** 0.5) / 4)])
+    assert rates[0] == rates[2] and rates[0]["weight_decay"] == 1e-4 and {n["momentum"] for n in now} == {0.7}
+    assert model.reference == {"ln_queue": math.log(11), "ln_stripes": math.log(2)}
+    assert recipe.draw(torch.Generator()) == {} and recipe.build(2).groups == 1
+
+
+def test_gradients_are_neither_clipped_nor_frozen():
+    model = small_model()
+    model(small_views())["total"].backward()
+    before = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(model.finish_gradients(0), torch.cat([g.flatten() for g in before.values()]).norm())
+    assert all(torch.equal(model.get_parameter(n).grad, g) for n, g in before.items())
+
+
+@pytest.mark.parametrize("change, parts, message", [
+    ({"stripes": 5}, 1, "--size 64x32: the height cannot be cut into --stripes 5"),
+    ({"stripes": 0}, 1, "cannot be cut into --stripes 0"),
+    ({"hardest": 4}, 1, "--hardest 4: an image has 3 other"), ({"hardest": 0}, 1, "--hardest 0: an image has 3 other"),
+    ({"groups": 3}, 1, "--batch 4 cannot be cut into --groups 3"),
+    ({"groups": 4}, 1, "--groups 4 of at least 2 images"), ({"groups": 0}, 1, "--groups 0 must be a multiple"),
+    ({"groups": 2, "batch": 8}, 4, "--groups 2 must be a multiple of 4")])
+def test_recipes_that_do_not_fit_together(change, parts, message):
+    recipe = UPReIDRecipe(**{"arch": "resnet_tiny", "size": (64, 32), "batch": 4, "queue": 10, "groups": 2} | change)
+    with pytest.raises(ValueError, match=message):
+        recipe.build(parts)
+
+
+def test_without_stripes_nothing_is_asked_of_them():
+    UPReIDRecipe(arch="resnet_tiny", size=(33, 17), batch=4, groups=1, weight_local=0, stripes=2, hardest=3).build()
+
+
+def test_presets():
+    assert UPReIDRecipe.preset("luperson") == UPReIDRecipe()     # LUPerson's own values
+    assert UPReIDRecipe.preset("market1501").queue == 4096 and UPReIDRecipe.preset("synthetic").arch == "resnet_tiny"
+    assert UPReIDRecipe.preset("market1501", "resnet_tiny").size == (128, 64)
+    for dataset in ("luperson", "market1501", "synthetic"):
+        dataclasses.replace(UPReIDRecipe.preset(dataset), queue=10).build()

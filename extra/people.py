@@ -8,10 +8,6 @@ and background, and people share a few garment colours, so a colour histogram ha
 again; prints, patterns and bags do. Every image is a function of (seed, identity, number) alone.
 Nothing else in the project needs to be read to understand this file, nor this file to understand
 anything else. Read `make_synthetic`, then `render`, then as deep as you like.
-
-Exercises (answers: README). 1. Let all images come from the first camera, whatever their names say
-(`make_camera` in `render`): how far does the colour histogram get now? 2. Train on that set and
-test on the usual one: how much of what was learnt is the camera's?
 """
 
 import functools
@@ -374,10 +370,14 @@ def make_synthetic(root, train_ids=100, test_ids=100, seed=0, cameras=6, size=(1
         else:
             with multiprocessing.Pool(workers) as pool:
                 pool.map(render, jobs, chunksize=16)
-        if root.exists():
-            root.rmdir()
-        partial.rename(root)  # only now does `root` appear: an interrupted run leaves no half set
-        root.chmod(0o755)  # mkdtemp's folders are private
+        partial.chmod(0o755)  # mkdtemp's folders are private
+        try:
+            if root.exists():
+                root.rmdir()
+            partial.rename(root)  # only now does it appear: an interrupted run leaves no half set
+        except OSError:
+            if not (root / "query").is_dir():  # else another process was faster, with the same
+                raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return root

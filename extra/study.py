@@ -9,11 +9,7 @@ Rows with the same network and share of labels are fine-tuned alike, and with th
 same labelled people. Each training has a folder below --out, so a study that was stopped goes on
 with the same command; parts of it (--seeds 0 1, --seeds 2) may run side by side with the same
 --out, and the command with all seeds then trains nothing anew and prints the whole table.
-Read `few_shot`, then `run_rows`.
-
-Exercises (answers: README). 1. How many seeds does it take to see a gain of one point? The tables
-print the spread of the differences. 2. Pre-train on the labelled people alone (`some_identities` in
-`run_rows`): is it the pre-training that helps, or the images without labels?
+Read `pairs`, then `run_rows`.
 """
 
 import argparse
@@ -27,18 +23,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
 
-from data import (NAMES, InputError, PKSampler, ShuffleSampler, command_line, load_dataset,
-                  some_identities)
-from evaluate import (colour_histograms, device_name, draw_ranks, evaluate, load_model,
-                      rank_features)
-from pictures import draw_dots
-from pretrain import METHODS, pretrain, pretrain_recipe_for
-from runs import Machine, check_recipe, default_threads, open_run
-from train import Recipe, fine_tune_and_evaluate, pair, recipe_for
-from weights import build_backbone
+from data import (NAMES, InputError, PKSampler, Record, ShuffleSampler, command_line, cores,
+                  load_dataset, read_image, some_identities)
+from evaluate import build_backbone, device_name, evaluate, load_model, rank_features
+from extra.pictures import draw_dots, draw_ranks
+from train import (METHODS, NORMS, Machine, Recipe, fine_tune_and_evaluate, open_run, pair,
+                   pretrain)
 
-RANDOM = "random weights"
+RANDOM, TITLES = "random weights", {"upreid": "UP-ReID", "personvit": "PersonViT"}
 
 
 @dataclass
@@ -46,6 +42,7 @@ class Row:
     """One line of a table: where the backbone comes from, and how it is fine-tuned."""
 
     origin: str
+    method: str         # of METHODS, whose network it is
     before: object      # recipe of the pre-training, or None
     recipe: Recipe
 
@@ -63,8 +60,8 @@ class Row:
 def recipes(method: str, dataset, seed: int, given: dict):
     """Recipes of pre-training and fine-tuning for a method's laptop network; given: bf16, and size,
     epochs, pretrain_epochs where they differ from the usual ones."""
-    before = pretrain_recipe_for(method, "synthetic")
-    recipe = recipe_for(dataset.name, before.arch)
+    before = METHODS[method][0].preset("synthetic")
+    recipe = Recipe.preset(dataset.name, before.arch)
     people = len({r.pid for r in dataset.train})
     both = {"seed": seed, "size": given.get("size", before.size), "bf16": given["bf16"]}
     return (dataclasses.replace(before, **both,
@@ -73,33 +70,39 @@ def recipes(method: str, dataset, seed: int, given: dict):
                                 epochs=given.get("epochs", recipe.epochs)))
 
 
-def demo(dataset, seed: int, given: dict) -> list[Row]:
-    """Each network from random weights and from its pre-training, at half the usual length."""
-    return few_shot(dataset, seed, {"epochs": 12, "pretrain_epochs": 8} | given, shares=(1.0,))
-
-
-def few_shot(dataset, seed: int, given: dict, shares=(0.1, 0.3, 1.0)) -> list[Row]:
-    """The fewer people are labelled, the more should pre-training help: it needs no labels, and so
-    sees all training images in every row."""
-    rows = []
-    for method, title in (("upreid", "UP-ReID"), ("personvit", "PersonViT")):
-        before, recipe = recipes(method, dataset, seed, given)
-        for share in shares:
-            people = round(share * len({r.pid for r in dataset.train}))
-            if people < 2:
-                raise InputError(f"{dataset.name} has too few people: {share:.0%} of them are "
-                                 f"{people}, a study needs 2")
-            few = dataclasses.replace(recipe, labelled=share, ids=min(recipe.ids, people))
-            rows += [Row(RANDOM, None, few), Row(title, before, few)]
+def pairs(method: str, dataset, seed: int, given: dict, shares: tuple[float, ...]) -> list[Row]:
+    """Random weights and the method's pre-training, fine-tuned on shares of the identities. Without
+    labels all training images are seen in every row."""
+    before, recipe = recipes(method, dataset, seed, given)
+    rows, people = [], len({r.pid for r in dataset.train})
+    for share in shares:
+        few = round(share * people)
+        if few < 2:
+            raise InputError(f"{dataset.name} has too few people: {share:.0%} of them are {few}, a "
+                             f"study needs 2")
+        labelled = dataclasses.replace(recipe, labelled=share, ids=min(recipe.ids, few))
+        rows += [Row(RANDOM, method, None, labelled), Row(TITLES[method], method, before, labelled)]
     return rows
+
+
+def few_shot(dataset, seed: int, given: dict) -> list[Row]:
+    """The fewer people are labelled, the more should pre-training help: it needs no labels."""
+    return [row for name in TITLES for row in pairs(name, dataset, seed, given, (0.1, 0.3, 1.0))]
+
+
+def demo(dataset, seed: int, given: dict) -> list[Row]:
+    """Each paper in a setting of minutes in which it pays with every seed tried (docs/results.md);
+    one seed of one that pays in the mean would at times show the opposite."""
+    return (pairs("upreid", dataset, seed, {"pretrain_epochs": 12, "epochs": 12} | given, (0.1,)) +
+            pairs("personvit", dataset, seed, {"pretrain_epochs": 8} | given, (0.3,)))
 
 
 def variants(method: str, changes: dict[str, dict]) -> Callable:
     """Rows that differ in the pre-training alone."""
     def rows(dataset, seed: int, given: dict) -> list[Row]:
         before, recipe = recipes(method, dataset, seed, given)
-        return [Row(RANDOM, None, recipe)] + [
-            Row(name, dataclasses.replace(before, **change), recipe)
+        return [Row(RANDOM, method, None, recipe)] + [
+            Row(name, method, dataclasses.replace(before, **change), recipe)
             for name, change in changes.items()]
     return rows
 
@@ -132,8 +135,8 @@ def run_rows(rows: list[Row], dataset, out: Path, overwrite: bool, machine: Mach
         seed = row.recipe.seed
         if row.before and row.origin not in pretrained:
             run = open_run(out / file_name(f"{row.origin}_{seed}_pretraining"), row.before, dataset,
-                           overwrite, machine)
-            pretrain(row.before, dataset, run, machine)
+                           overwrite, machine, pretrain=row.method)
+            pretrain(row.method, row.before, dataset, run, machine)
             pretrained[row.origin] = str(run.folder / "backbone.pth")
         weights = pretrained.get(row.origin)
         folder = out / file_name(f"{row.group}_{row.origin}_{seed}")
@@ -146,15 +149,17 @@ def file_name(text: str) -> str:
     return re.sub(r"[^\w.-]+", "_", text)
 
 
-def check(rows: list[Row], dataset, machine: Machine) -> None:
+def check(rows: list[Row], dataset) -> None:
     """Raise InputError for what would otherwise end a study after hours."""
     for row in rows:
-        check_recipe(row.recipe)
         few = some_identities(dataset.train, row.recipe.labelled, row.recipe.seed)
         PKSampler([r.pid for r in few], row.recipe.ids, row.recipe.images)
+        build_backbone(row.recipe.arch, row.recipe.size)
         if row.before:
-            check_recipe(row.before)
-            METHODS[type(row.before)](row.before, machine)
+            try:
+                row.before.build()
+            except ValueError as error:  # the method files know nothing of InputError
+                raise InputError(str(error)) from None
             ShuffleSampler(len(dataset.train), row.before.batch)
 
 
@@ -168,15 +173,15 @@ def study(name: str, dataset, seeds: list[int], given: dict, out: Path, overwrit
         raise InputError(f"{out} is no study's folder, and {' and '.join(taken)} in it would be "
                          f"replaced; choose another with --out")
     for seed in seeds:
-        check(STUDIES[name](dataset, seed, given), dataset, machine)
+        check(STUDIES[name](dataset, seed, given), dataset)
     if name == "demo":
         table = untrained(dataset, machine)
     for number, seed in enumerate(seeds, 1):
-        done = run_rows(STUDIES[name](dataset, seed, given), dataset, out, overwrite, machine)
+        rows = STUDIES[name](dataset, seed, given)
+        done = run_rows(rows, dataset, out, overwrite, machine)
         for key, (results, _) in done.items():
             table.setdefault(key, []).append(results)
-        print_table(table, f"{dataset.name}, {len(dataset.query):,} queries, "
-                           f"seeds {seeds[:number]}")
+        print_table(table, heading(dataset, rows, seeds[:number]))
     groups: dict = {}
     for (group, origin), results in table.items():
         groups.setdefault(group, {})[origin] = [100 * r["mAP"] for r in results]
@@ -185,7 +190,7 @@ def study(name: str, dataset, seeds: list[int], given: dict, out: Path, overwrit
     if name == "demo":
         best, (_, folder) = max(done.items(), key=lambda item: item[1][0]["mAP"])
         model, recipe = load_model(str(folder / "model.pth"))
-        draw_ranks(pictures[1], dataset, *evaluate(model, dataset, recipe, workers=0))
+        draw_ranks(pictures[1], dataset, *evaluate(model, dataset, recipe, workers=machine.workers))
         print(f"rank list of {', '.join(best)} in {pictures[1]}")
 
 
@@ -196,21 +201,48 @@ def untrained(dataset, machine: Machine) -> dict:
     features = [colour_histograms(part) for part in (dataset.query, dataset.gallery)]
     colours = rank_features(features[0], *labels[0], features[1], *labels[1])
     torch.manual_seed(0)
-    recipe = recipe_for("synthetic")  # the usual size, whatever --size says
-    reading = {"size": recipe.size, "mean": recipe.statistics[0], "std": recipe.statistics[1]}
+    recipe = Recipe.preset("synthetic")  # the usual size, whatever --size says
+    reading = {"size": recipe.size} | dict(zip(("mean", "std"), NORMS[recipe.norm]))
     # without BNNeck: a fresh one would change no ranking
     network, _, _ = evaluate(build_backbone(recipe.arch, recipe.size), dataset, reading,
                              workers=machine.workers)
-    return {("no training", name): [{"mAP": result.mAP, **{f"rank{k}": float(result.cmc[k - 1])
-                                                           for k in (1, 5, 10)}}]
+    return {("no training", name): [result.numbers()]
             for name, result in (("colour histogram", colours), (recipe.arch, network))}
+
+
+def colour_histograms(records: list[Record], size=(128, 64), bins: int = 8) -> Tensor:
+    """What colour alone can do: (N, bins^3), L2-normalised.
+
+    A joint RGB histogram of the whole image; the square root makes the dot product the
+    Bhattacharyya coefficient, under which large plain areas do not drown everything else.
+    """
+    features = []
+    for record in records:
+        image = read_image(record.path, size, Image.Resampling.BILINEAR)
+        r, g, b = image.long() * bins // 256                                 # (H, W) each
+        counts = torch.bincount((r * bins * bins + g * bins + b).flatten(), minlength=bins ** 3)
+        features.append(counts.float().sqrt())
+    return F.normalize(torch.stack(features), dim=1)
+
+
+# ---------------------------------------------------------------------------------------------
+# The table
+# ---------------------------------------------------------------------------------------------
+
+
+def heading(dataset, rows: list[Row], seeds: list[int]) -> str:
+    """What a reader must know before believing a number: how many seeds, how many labels."""
+    shares = sorted({row.recipe.labelled for row in rows})
+    return (f"{dataset.name}, {len(dataset.query):,} queries; seed{'s' * (len(seeds) > 1)} "
+            f"{', '.join(map(str, seeds))}; labelled: "
+            f"{', '.join(f'{share:.0%}' for share in shares)} of the identities")
 
 
 def print_table(table: dict, title: str) -> None:
     """A line per row: means in per cent +- standard deviation over seeds, and how much the mAP
     differs from random weights of the same seed."""
     heads = ("mAP", "rank-1", "rank-5", "rank-10", "mAP - random's")
-    print(f"\n{title:<52}" + "".join(f"{head:>16}" for head in heads))
+    print(f"\n{title}\n{'':<52}" + "".join(f"{head:>16}" for head in heads))
     for (group, origin), results in table.items():
         values = 100 * np.array([[r[k] for k in ("mAP", "rank1", "rank5", "rank10")]
                                  for r in results])                          # (seeds, 4)
@@ -228,7 +260,7 @@ def print_table(table: dict, title: str) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m extra.study", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("study", choices=tuple(STUDIES))
@@ -236,16 +268,15 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"{', '.join(NAMES)} or the path of a folder; default: synthetic")
     add("--data-root", default="data", help="folder that holds the datasets")
     add("--seeds", nargs="+", type=int, metavar="N", help="default: 0 for the demo, else 0 1 2 3 4")
-    add("--size", type=pair(int), help="image height x width, of both trainings; default: 128x64")
-    add("--epochs", type=int, metavar="N", help="of fine-tuning; default: 24, demo: 12")
-    add("--pretrain-epochs", type=int, metavar="N", help="of pre-training; default: 16, demo: 8")
+    add("--size", type=pair, help="height x width, in both trainings; default: 128x64")
+    add("--epochs", type=int, metavar="N", help="fine-tuning; default: 24, demo: 12, 24")
+    add("--pretrain-epochs", type=int, metavar="N", help="pre-training; default: 16, demo: 12, 8")
     add("--out", metavar="DIR", help="default: runs/<study>, or runs/<study>_<dataset>")
     add("--overwrite", action="store_true", help="start over in a used folder")
     add("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu or cuda; default: cuda if there is one")
-    # small images are kept in memory after the first epoch: processes that decode would not pay
-    add("--workers", type=int, default=0, help="decoding processes; default: 0")
-    add("--threads", type=int, default=default_threads(), help="default: %(default)s")
+    for flag in ("--workers", "--threads"):
+        add(flag, type=int, default=min(cores(), 8), help="default: %(default)s")
     return parser
 
 
@@ -254,6 +285,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.workers < 0 or args.threads < 1 or len(set(args.seeds or [])) < len(args.seeds or []):
         parser.error("--workers is at least 0, --threads at least 1, and no seed counts twice")
+    if min(args.epochs or 0, args.pretrain_epochs or 0, *(args.seeds or [])) < 0:
+        parser.error("--epochs, --pretrain-epochs and --seeds are at least 0")
     if "WORLD_SIZE" in os.environ:
         parser.error("a study runs in one process: start it with python, not with torchrun")
     torch.set_num_threads(args.threads)

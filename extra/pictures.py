@@ -1,0 +1,413 @@
+"""Pictures (PNG, by Pillow alone): rank lists, attention, clusters of patches, curves, studies.
+
+Of each kind two functions: `draw_...` computes what is to be seen of a dataset and a model, or of
+run folders; `..._page` lays plain values out and decides nothing. What ranks where is read from the
+evaluator's own features (`evaluate.Features`), so that no picture shows what was not measured. Read
+`filtered_ranking`, `draw_ranks`, `cls_attention`.
+"""
+
+import json
+import math
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from scipy.cluster.vq import kmeans2
+from torch import Tensor, nn
+
+from data import InputError, Record, normalize, read_image, write_atomic
+from personvit import VisionTransformer
+
+# Okabe and Ito's green and vermilion, which the colour-blind can tell apart
+GREEN, RED, GREY, INK = (0, 158, 115), (213, 94, 0), (120, 120, 120), (30, 30, 30)
+# their colours, and three more
+PALETTE = [(230, 159, 0), (86, 180, 233), (0, 158, 115), (0, 114, 178), (213, 94, 0),
+           (204, 121, 167), (120, 120, 120), (150, 80, 200), (140, 200, 60), (240, 228, 66)]
+W, H, GAP, LABEL, HEAD = 64, 128, 14, 16, 44  # pixels of a person, between people, of text
+
+
+class Sheet:
+    """A white page, as wide as its title needs, on which people stand in rows and columns, with a
+    text beneath each."""
+
+    def __init__(self, columns: int, rows: int, title: str):
+        self.font = ImageFont.load_default(12)
+        width = max(2 * GAP + columns * (W + GAP), int(self.font.getlength(title)) + 4 * GAP + W)
+        self.image = Image.new("RGB", (width, HEAD + rows * (H + LABEL + GAP)), "white")
+        self.draw = ImageDraw.Draw(self.image)
+
+    def text(self, x: int, y: int, text: str, color=INK) -> None:
+        self.draw.text((x, y), text, color, self.font)
+
+    def place(self, column: int, row: int) -> tuple[int, int]:
+        """Left upper corner of a cell; the first column stands apart."""
+        return (GAP + column * (W + GAP) + (GAP if column else 0),
+                HEAD + row * (H + LABEL + GAP))
+
+    def paste(self, pixels: Tensor, column: int, row: int, text: str = "", color=None) -> None:
+        """uint8 (3, h, w) into a cell, framed in color."""
+        x, y = self.place(column, row)
+        picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+        self.image.paste(picture.resize((W, H), Image.Resampling.NEAREST), (x, y))
+        if color:
+            self.draw.rectangle((x - 3, y - 3, x + W + 2, y + H + 2), outline=color, width=3)
+        self.text(x, y + H + 3, text)
+
+
+def save(page: Image.Image, file: str | Path) -> None:
+    write_atomic(Path(file), lambda handle: page.save(handle, format="PNG"))
+    print(f"picture in {file}")
+
+
+def evenly(n: int, most: int) -> list[int]:
+    """At most `most` of 0 .. n - 1, at even distances."""
+    return np.linspace(0, n, min(n, most), endpoint=False, dtype=int).tolist()
+
+
+# ---------------------------------------------------------------------------------------------
+# Rank lists
+# ---------------------------------------------------------------------------------------------
+
+
+def filtered_ranking(q, g, i: int, tie: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """Gallery indices of query i, nearest first, as the evaluator sees them (junk left out, ties
+    against the query), and their cosine similarities. q, g: evaluate.Features; tie: evaluate.TIE.
+    """
+    similarity = g.feats @ q.feats[i]                                        # (G,)
+    own = g.pids == q.pids[i]
+    junk = own & ((g.camids == q.camids[i]) | (g.images == q.images[i]))
+    distance = torch.where(own, -similarity + tie, -similarity)
+    order = torch.argsort(own.int(), stable=True)                            # wrong ones first ...
+    order = order[torch.argsort(distance[order], stable=True)]               # ... among equals
+    order = order[~junk[order]]
+    return order, similarity[order]
+
+
+def draw_ranks(file: str | Path, dataset, result, q, g, rows: int = 8, columns: int = 10) -> None:
+    """Rank-list picture (PNG) of a dataset, with camera and cosine distance beneath each image.
+
+    result, q, g as `evaluate.evaluate` returns them. Rows are spread evenly over all valid queries:
+    a picture of the best ones only would be a lie.
+    """
+    def text(record: Record, distance: str = "") -> str:
+        return f"c{record.camid + 1} {distance}" if dataset.has_cameras else distance
+
+    table, valid = [], np.flatnonzero(~np.isnan(result.AP))
+    for i in valid[evenly(len(valid), rows)]:
+        order, similarity = filtered_ranking(q, g, i)
+        query, nearest = dataset.query[i], []
+        for j, value in zip(order[:columns].tolist(), similarity.tolist()):
+            found = dataset.gallery[j]
+            nearest.append((thumbnail(found.path), text(found, f"{1 - value:.3f}"),
+                            found.pid == query.pid))
+        table.append(((thumbnail(query.path), text(query)), nearest))
+    # `evaluate` gives an image number for a camera where cameras do not count
+    cameras = dataset.has_cameras and g.camids.tolist() == [r.camid for r in dataset.gallery]
+    left_out = "same person by same camera" if cameras else "the query image itself"
+    legend = ("c3 0.123 = camera 3, " if dataset.has_cameras else "0.123 = ") + "cosine distance"
+    shown, G = min(columns, len(g.pids)), len(g.pids)
+    rank_page(file, f"{dataset.name}: nearest {shown} of {G:,} gallery images; {left_out} left out",
+              f"{legend} 0.123", table)
+
+
+def draw_search(file: str | Path, title: str, query: str, best: list[tuple[str, float]]) -> None:
+    """A photo and what was found for it: paths and cosine similarities."""
+    found = [(thumbnail(path), f"{similarity:.3f}", None) for path, similarity in best]
+    rank_page(file, title, "0.987 = cosine similarity, 1 = the same",
+              [((thumbnail(query), ""), found)])
+
+
+def thumbnail(path: str) -> Tensor:
+    return read_image(path, (H, W), Image.Resampling.BILINEAR)
+
+
+def rank_page(file: str | Path, title: str, legend: str, rows: list) -> None:
+    """A row per query: the query, then its nearest gallery images, framed green if right, red if
+    wrong, grey if unknown. rows: [(pixels, text), [(pixels, text, right or None), ...]] of each;
+    legend explains the texts."""
+    columns, left = 1 + max(len(answers) for _, answers in rows), 3 * GAP + W
+    sheet = Sheet(columns, len(rows), max(title, legend + 36 * "x", key=len))
+    sheet.text(GAP, 6, "query")
+    sheet.text(left, 6, title)
+    known = any(right is not None for _, answers in rows for _, _, right in answers)
+    for color, name, x in ((GREEN, "same person", left), (RED, "another person", left + 110)):
+        if known:
+            sheet.draw.rectangle((x, 27, x + 10, 37), outline=color, width=3)
+            sheet.text(x + 16, 24, name)
+    sheet.text(left + 240 if known else left, 24, legend)
+    for row, ((pixels, text), answers) in enumerate(rows):
+        sheet.paste(pixels, 0, row, text, GREY)
+        for column, (pixels, text, right) in enumerate(answers):
+            color = GREY if right is None else GREEN if right else RED
+            sheet.paste(pixels, column + 1, row, text, color)
+    save(sheet.image, file)
+
+
+# ---------------------------------------------------------------------------------------------
+# Attention and clusters: what a ViT's patches are to it
+# ---------------------------------------------------------------------------------------------
+
+
+def vit_of(model: nn.Module) -> VisionTransformer:
+    """The backbone of a model, if it is a ViT."""
+    backbone = getattr(model, "base", model)
+    if not isinstance(backbone, VisionTransformer):
+        raise InputError("attention and clusters are pictures of a ViT's patches; these weights "
+                         "are of a ResNet")
+    return backbone
+
+
+def read_people(dataset, n: int, recipe: dict) -> tuple[Tensor, Tensor]:
+    """Query images of n different people, as they are and as the network takes them: uint8 and
+    float32, (n, 3, H, W) each."""
+    first = list({r.pid: r for r in reversed(dataset.query)}.values())[::-1]     # of each person
+    size = tuple(recipe["size"])
+    images = torch.stack([read_image(first[i].path, size, Image.Resampling.BILINEAR)
+                          for i in evenly(len(first), n)])
+    return images, normalize(images, recipe["mean"], recipe["std"])
+
+
+@torch.inference_mode()
+def cls_attention(vit: VisionTransformer, x: Tensor) -> Tensor:
+    """How much [CLS] attends to each patch in the last block, by head [ours].
+
+    (B, 3, H, W) -> (B, heads, rows, columns); what is missing to a sum of 1 goes to [CLS] itself.
+    """
+    last, seen = vit.blocks[-1].attn, []
+    handle = last.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    vit.forward_features(x)
+    handle.remove()
+    B, N, D = seen[0].shape
+    q, k, _ = last.qkv(seen[0]).reshape(B, N, 3, last.num_heads, -1).permute(2, 0, 3, 1, 4)
+    weights = (q[:, :, :1] @ k.mT / q.shape[-1] ** 0.5).softmax(-1)          # (B, heads, 1, N)
+    return weights[:, :, 0, 1:].unflatten(-1, vit.grid_of(*x.shape[2:]))
+
+
+@torch.inference_mode()
+def patch_clusters(vit: VisionTransformer, x: Tensor, count: int = 8,
+                   seed: int = 0) -> tuple[Tensor, Tensor]:
+    """k-means over the patch tokens of all images at once [ours]: cluster of each patch
+    (B, rows, columns), and its cosine similarity to the cluster's centre, of the same shape."""
+    tokens = F.normalize(vit.forward_features(x)[:, 1:].float(), dim=-1)     # (B, N, D)
+    points = tokens.flatten(0, 1).cpu().numpy().astype(np.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # empty clusters, where patches are all alike
+        centres, found = kmeans2(points, min(count, len(points)), minit="++", seed=seed)
+    centres = np.nan_to_num(centres)
+    centres = centres / np.linalg.norm(centres, axis=1, keepdims=True).clip(1e-12)
+    typical = (points * centres[found]).sum(1)
+    shape = (len(x), *vit.grid_of(*x.shape[2:]))
+    return torch.from_numpy(found).view(shape), torch.from_numpy(typical).view(shape)
+
+
+def draw_attention(file: str | Path, dataset, model: nn.Module, recipe: dict, n: int = 6) -> None:
+    """Where each head of the last block looks, for n people of a dataset."""
+    images, x = read_people(dataset, n, recipe)
+    attention_page(file, f"{dataset.name}: attention of [CLS] to the patches, last block", images,
+                   cls_attention(vit_of(model), x))
+
+
+def draw_clusters(file: str | Path, dataset, model: nn.Module, recipe: dict, n: int = 20) -> None:
+    """Which patches of n people are alike to the network."""
+    (images, x), vit = read_people(dataset, n, recipe), vit_of(model)
+    clusters, typical = patch_clusters(vit, x)
+    examples, shares = [], []
+    for c in range(int(clusters.max()) + 1):
+        own = torch.where(clusters == c, typical, -torch.inf).flatten()
+        best = own.topk(min(12, len(own)))
+        places = [np.unravel_index(int(i), clusters.shape)
+                  for i, value in zip(best.indices, best.values) if value > -torch.inf]
+        examples.append([images[i, :, r * vit.stride:r * vit.stride + vit.patch_size,
+                                k * vit.stride:k * vit.stride + vit.patch_size]
+                         for i, r, k in places])
+        shares.append(float((clusters == c).float().mean()))
+    cluster_page(file, f"{dataset.name}: patch tokens in {len(shares)} clusters", images, clusters,
+                 examples, shares)
+
+
+def attention_page(file: str | Path, title: str, images: Tensor, attention: Tensor) -> None:
+    """People in rows: the image, then where each head looks, bright = much. images uint8
+    (n, 3, h, w), attention (n, heads, rows, columns), each map scaled by its own largest value."""
+    n, heads = attention.shape[:2]
+    title += "; yellow: the head's most, dark: none"
+    sheet = Sheet(1 + heads, n, title)
+    sheet.text(GAP, 6, title)
+    sheet.text(GAP, 24, "image")
+    for head in range(heads):
+        sheet.text(sheet.place(head + 1, 0)[0], 24, f"head {head + 1}")
+    for i in range(n):
+        sheet.paste(images[i], 0, i)
+        for head in range(heads):
+            weight = attention[i, head] / attention[i, head].max().clamp(min=1e-12)
+            weight = upscale(weight, images.shape[2:])
+            seen = images[i].float().mean(0, keepdim=True) * (0.25 + 0.75 * weight)
+            glow = np.array([255, 200, 0])[:, None, None] * (weight * 0.45).numpy()
+            pixels = (seen * (1 - 0.45 * weight)).numpy() + glow
+            sheet.paste(images.new_tensor(pixels.clip(0, 255)), head + 1, i)
+    save(sheet.image, file)
+
+
+def cluster_page(file: str | Path, title: str, images: Tensor, clusters: Tensor,
+                 examples: list[list[Tensor]], shares: list[float]) -> None:
+    """Above: people and, beneath each, their patches coloured by cluster. Below: a row per cluster,
+    its colour, its share of all patches, and its most typical patches.
+
+    images uint8 (n, 3, h, w), clusters (n, rows, columns) of 0 .. C - 1, examples[c] uint8 patches.
+    """
+    n, C = len(images), len(examples)
+    per_row, size = min(n, 10), 40
+    blocks = math.ceil(n / per_row)
+    sheet = Sheet(per_row, 2 * blocks, title)
+    below = sheet.image.height
+    page = Image.new("RGB", (max(sheet.image.width, 760), below + 24 + C * (size + 8)), "white")
+    sheet.text(GAP, 6, title)
+    sheet.text(GAP, 24, "people, and the same people with each patch in the colour of its cluster")
+    colors = images.new_tensor([PALETTE[c % len(PALETTE)] for c in range(C)])
+    for i in range(n):
+        column, row = i % per_row, i // per_row * 2
+        sheet.paste(images[i], column, row)
+        paint = colors[upscale(clusters[i].float(), images.shape[2:]).long()].permute(2, 0, 1)
+        shade = images[i].float().mean(0, keepdim=True)  # faint, for colours like those below
+        sheet.paste((0.15 * shade + 0.85 * paint.float()).to(images.dtype), column, row + 1)
+    page.paste(sheet.image, (0, 0))
+    draw = ImageDraw.Draw(page)
+    draw.text((GAP, below), "clusters: share of all patches, most typical patches", INK, sheet.font)
+    for c in range(C):
+        y = below + 24 + c * (size + 8)
+        draw.rectangle((GAP, y, GAP + size, y + size), fill=PALETTE[c % len(PALETTE)])
+        share = f"{shares[c]:.0%}" if shares[c] >= 0.005 else "<1%"
+        draw.text((GAP + size + 8, y + 12), share, INK, sheet.font)
+        for k, patch in enumerate(examples[c]):
+            picture = Image.fromarray(patch.permute(1, 2, 0).contiguous().numpy())
+            page.paste(picture.resize((size, size)), (GAP + size + 56 + k * (size + 6), y))
+    save(page, file)
+
+
+def upscale(grid: Tensor, size: tuple[int, int]) -> Tensor:
+    """(rows, columns) -> (H, W): every pixel takes its patch's value."""
+    rows, columns = (np.arange(n) * m // n for n, m in zip(size, grid.shape))
+    return grid[rows][:, columns]
+
+
+# ---------------------------------------------------------------------------------------------
+# Curves of runs, dots of studies
+# ---------------------------------------------------------------------------------------------
+
+
+def draw_curves(file: str | Path, folders: list[str]) -> None:
+    """Losses over training, and CMC where a run was evaluated, of one or several run folders."""
+    if len(folders) > len(PALETTE):
+        raise InputError(f"--runs: {len(folders)} runs, but colours for {len(PALETTE)}")
+    losses, cmc = {}, {}
+    for folder in folders:
+        try:
+            text = Path(folder, "log.jsonl").read_text()
+            lines = [json.loads(line) for line in text.splitlines(True)
+                     if line.endswith("\n")]  # a power cut may have left half a line
+            points = [(line["step"], float(line["total"])) for line in lines if "total" in line]
+            results = Path(folder, "results.json")
+            hits = json.loads(results.read_text()).get("cmc", []) if results.exists() else []
+            hits = [float(hit) for hit in hits]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{folder}: is no run folder with a readable log.jsonl and "
+                             f"results.json ({error})") from None
+        points = [(step, loss) for step, loss in points if np.isfinite(loss)]
+        if points:
+            losses[folder] = tuple(zip(*points))
+        if hits:
+            cmc[folder] = (range(1, len(hits) + 1), hits)
+    panels = [("means between log lines", "step", "loss", losses),
+              ("share of queries with a hit so far", "rank", "CMC", cmc)]
+    panels = [panel for panel in panels if panel[-1]]
+    if not panels:
+        raise InputError(f"{', '.join(folders)}: nothing logged yet, nothing to draw")
+    curve_page(file, panels)
+
+
+def curve_page(file: str | Path, panels: list[tuple[str, str, str, dict]]) -> None:
+    """Line charts side by side. panels: (title, x label, y label, {name: (x values, y values)})."""
+    w, h, left, bottom, top = 440, 300, 58, 44, 30
+    names = list(dict.fromkeys(name for *_, lines in panels for name in lines))
+    page = Image.new("RGB", (w * len(panels), h + 18 * len(names) + 12), "white")
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(12)
+    for number, (title, x_label, y_label, lines) in enumerate(panels):
+        x0, x1, y0, y1 = w * number + left, w * (number + 1) - 16, h - bottom, top
+        xs, ys = (np.concatenate([np.asarray(line[k], float) for line in lines.values()])
+                  for k in (0, 1))
+        x_ticks, y_ticks = ticks(xs.min(), xs.max()), ticks(ys.min(), ys.max())
+
+        def place(x, y):
+            return (x0 + (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * (x1 - x0),
+                    y0 - (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (y0 - y1))
+
+        for x in x_ticks:
+            at = place(x, y_ticks[0])
+            draw.line((at[0], y0, at[0], y0 + 4), GREY)
+            draw.text((at[0], y0 + 6), f"{x:g}", INK, font, anchor="ma")
+        for y in y_ticks:
+            at = place(x_ticks[0], y)
+            draw.line((x0 - 4, at[1], x1, at[1]), (225, 225, 225))
+            draw.text((x0 - 7, at[1]), f"{y:g}", INK, font, anchor="rm")
+        draw.line((x0, y1, x0, y0, x1, y0), GREY)
+        draw.text((w * number + 8, 8), f"{y_label}: {title}", INK, font)
+        draw.text((x1, y0 + 22), x_label, INK, font, anchor="ra")
+        for name, (xs, ys) in lines.items():
+            color = PALETTE[names.index(name) % len(PALETTE)]
+            points = [place(x, y) for x, y in zip(xs, ys)]
+            draw.line([c for point in points for c in point], color, 2, joint="curve")
+            for x, y in points[:1] + points[-1:]:  # a single point is no line
+                draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=color)
+    for i, name in enumerate(names):
+        y = h + 4 + 18 * i
+        draw.rectangle((left, y + 3, left + 14, y + 11), fill=PALETTE[i % len(PALETTE)])
+        shown = name if len(name) <= 60 else "..." + name[-57:]
+        draw.text((left + 22, y), shown, INK, font)
+    save(page, file)
+
+
+def draw_dots(file: str | Path, title: str, groups: dict[str, dict[str, list[float]]]) -> None:
+    """A row per name: a dot for each of its values, a bar at their mean. groups: {heading: {name:
+    values}}; a name has one colour in all groups."""
+    font, w, line = ImageFont.load_default(12), 460, 22
+    names = list(dict.fromkeys(name for rows in groups.values() for name in rows))
+    left = 4 * GAP + int(max(font.getlength(name) for name in names))
+    values = [v for rows in groups.values() for vs in rows.values() for v in vs]
+    marks = ticks(min(values), max(values))
+    lines = sum(1 + len(rows) for rows in groups.values())
+    x1, y1 = left + w, HEAD + lines * line
+    page = Image.new("RGB", (max(x1, int(font.getlength(title))) + 2 * GAP, y1 + 2 * GAP), "white")
+    draw = ImageDraw.Draw(page)
+    draw.text((GAP, 12), title, INK, font)
+
+    def place(value: float) -> float:
+        return left + (value - marks[0]) / (marks[-1] - marks[0]) * w
+
+    for mark in marks:
+        draw.line((place(mark), HEAD, place(mark), y1), (225, 225, 225))
+        draw.text((place(mark), y1 + 4), f"{mark:g}", INK, font, anchor="ma")
+    y = HEAD
+    for heading, rows in groups.items():
+        draw.text((GAP, y + 4), heading, GREY, font)
+        for name, vs in rows.items():
+            y += line
+            color = PALETTE[names.index(name) % len(PALETTE)]
+            draw.text((2 * GAP, y + 4), name, INK, font)
+            mean, middle = place(sum(vs) / len(vs)), y + line // 2
+            draw.line((mean, middle - 8, mean, middle + 8), color, 3)
+            for x in map(place, vs):
+                draw.ellipse((x - 4, middle - 4, x + 4, middle + 4), outline=color, width=2)
+        y += line
+    save(page, file)
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """About five round numbers that enclose low .. high."""
+    low = min(low, high - max(1e-3 * abs(high), 1e-9))  # a level line runs along the top
+    span = high - low
+    step = 10 ** math.floor(math.log10(span / 4))
+    step *= next(k for k in (1, 2, 5, 10) if span / (k * step) <= 5)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [round(i * step, 12) for i in range(first, max(last, first + 1) + 1)]
