@@ -61,6 +61,7 @@ LIMITS = {
     "CUDA.*of memory|STATUS_ALLOC": "GPU memory is full: smaller --batch(-size), --ids, --accum 2",
     "t allocate memory|to allocate|bad_alloc": "memory is full: smaller --batch, fewer --workers",
     "Too many open files|ancillary data": "too few files may be open: ulimit -n 4096",
+    "invalid device ordinal": "fewer GPUs here than processes: start as many as there are GPUs",
     "new thread|temporarily unavailable": "too few processes may run: ulimit -u, fewer --workers",
     "onnection (closed|reset)": "another process of this run has ended, see its message"}
 
@@ -73,6 +74,7 @@ def limit_of(error: Exception) -> str | None:
 
 def command_line(main) -> None:
     """Run a script's main: what the user can mend ends in one line, without a traceback."""
+    torch.backends.cudnn.allow_tf32 = False  # --no-bf16 means float32; PyTorch's default is less
     for stream in (sys.stdout, sys.stderr):  # a file's name may be no text at all
         if hasattr(stream, "reconfigure"):   # not in a notebook
             stream.reconfigure(errors="backslashreplace")
@@ -546,9 +548,8 @@ def some_identities(records: Sequence[Record], share: float, seed: int) -> Seque
     if share == 1:
         return records
     pids = sorted({r.pid for r in records})
-    drawn = np.random.default_rng(seed).permutation(pids)[:round(share * len(pids))]
-    number = {pid: i for i, pid in enumerate(sorted(drawn.tolist()))}
-    return [r._replace(pid=number[r.pid]) for r in records if r.pid in number]
+    drawn = set(np.random.default_rng(seed).permutation(pids)[:round(share * len(pids))].tolist())
+    return relabel([r for r in records if r.pid in drawn])
 
 
 class PKSampler:
@@ -666,6 +667,14 @@ def step_generator(*key: int, device: str | torch.device = "cpu") -> torch.Gener
     """
     state = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
     return torch.Generator(device).manual_seed(state)
+
+
+def erasing_noise(images: Tensor, seed: int, step: int, rank: int, world: int) -> Tensor:
+    """Noise for erased pixels of images (B, 3, H, W), drawn where it is needed: for the images of
+    all processes, as one would draw it, of which each takes its own."""
+    generator = step_generator(seed, step, 0, 1, device=images.device)
+    shape = len(images) * world, *images.shape[1:]
+    return torch.randn(shape, device=images.device, generator=generator).chunk(world)[rank]
 
 
 class Draws:
@@ -878,9 +887,8 @@ class FineTuneTransform:
     uniforms = 26  # numbers of an image
 
     def __init__(self, size: tuple[int, int], mean: Sequence[float], std: Sequence[float],
-                 noise: bool = True, pad: int = 10, rank: int = 0, world: int = 1):
+                 noise: bool = True, pad: int = 10):
         self.size, self.mean, self.std, self.noise, self.pad = size, mean, std, noise, pad
-        self.rank, self.world = rank, world
 
     def draw(self, uniforms: Tensor) -> Tensor:
         """(B, 26) -> (B, 7): flip, top and left of the crop; top, left, height, width erased."""
@@ -889,11 +897,9 @@ class FineTuneTransform:
         erased = draws.erasures(*self.size, (0.02, 1 / 3 if self.noise else 0.4))
         return torch.cat([flip[:, None], crop, erased], dim=1)
 
-    def __call__(self, images: Tensor, numbers: Tensor,
-                 generator: torch.Generator | None = None) -> Tensor:
-        """generator: of the device, for noise; drawn for the images of all processes, as one would
-        draw it, of which each takes its own."""
-        (B, _, H, W), device, margin = images.shape, images.device, 2 * self.pad
+    def __call__(self, images: Tensor, numbers: Tensor, noise: Tensor | None = None) -> Tensor:
+        """noise (B, 3, H, W): what erasing leaves; None: the mean colour."""
+        (_, _, H, W), device, margin = images.shape, images.device, 2 * self.pad
         (flip, top, left), erased = numbers[:, :3].T, inside(numbers[:, 3:], H, W)
         rows = top.long()[:, None] + torch.arange(H, device=device)          # (B, H)
         columns = left.long()[:, None] + torch.arange(W, device=device)      # (B, W)
@@ -902,10 +908,7 @@ class FineTuneTransform:
         x = x.gather(2, rows[:, None, :, None].expand(-1, 3, -1, W + margin))
         x = x.gather(3, columns[:, None, None, :].expand(-1, 3, H, -1))      # (B, 3, H, W)
         x = normalize(x, self.mean, self.std)
-        if not self.noise:
-            return x.masked_fill(erased, 0)
-        noise = torch.randn((B * self.world, 3, H, W), device=device, generator=generator)
-        return torch.where(erased, noise[self.rank * B:(self.rank + 1) * B], x)
+        return torch.where(erased, 0 if noise is None else noise, x)
 
 
 class MultiCrop:

@@ -34,10 +34,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from scipy import sparse
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 import personvit
 import upreid
@@ -246,18 +248,8 @@ def make_loader(dataset, batches, workers: int, collate=tuple):
 def hand_over(collate, items: list):
     """collate(items), in a worker moved to shared memory here: where that is full, PyTorch's thread
     that sends batches would print an error, drop the batch, and leave the main process waiting."""
-    batch = collate(items)
-    if torch.utils.data.get_worker_info():
-        share(batch)
-    return batch
-
-
-def share(batch) -> None:
-    if isinstance(batch, Tensor):
-        batch.share_memory_()
-    elif isinstance(batch, (dict, list, tuple)):
-        for part in batch.values() if isinstance(batch, dict) else batch:
-            share(part)
+    batch, in_worker = collate(items), torch.utils.data.get_worker_info()
+    return tree_map_only(Tensor, Tensor.share_memory_, batch) if in_worker else batch
 
 
 def quiet_worker(_: int) -> None:
@@ -291,7 +283,30 @@ def read_batch(size: tuple[int, int], records: list[Record]) -> tuple[Tensor, Te
     return torch.stack(images), torch.tensor(numbers)
 
 
+def everyones(mine) -> list:
+    """The same thing of each process, in their order."""
+    if not dist.is_initialized():
+        return [mine]
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    return parts
+
+
+def bfloat16_is_right(nets: list[nn.Module], views) -> bool:
+    """Do networks give the same features in both precisions, up to rounding, for views (..., 3, H,
+    W)? Some processors' kernels are wrong for some shapes (AMX, PyTorch 2.14). Takes no random
+    number and changes no running statistics."""
+    def error(net: nn.Module, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = net.eval()(x.flatten(0, -4)).detach().float()            # (n, D)
+        exact = net(x.flatten(0, -4)).detach()
+        return (rough - exact).norm() / exact.norm()
+
+    return all(error(net, x) < 0.3 for net in nets for x in views)           # NaN is not less
+
+
 @torch.inference_mode()
+@torch.compiler.set_stance("force_eager")  # the last batch has a shape of its own
 def extract(model: nn.Module, records: list[Record], size: tuple[int, int], mean, std,
             batch_size: int = 128, workers: int = 2, device: str = "cpu", bf16: bool = False,
             rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
@@ -311,10 +326,9 @@ def extract(model: nn.Module, records: list[Record], size: tuple[int, int], mean
             feature = model(x)                                               # (B, D)
         # a copy: what comes from a worker holds an open file as long as it lives
         done.append((F.normalize(feature.float(), dim=1).cpu(), numbers.clone()))
-    if world > 1:  # the same batches as in one process, so the very same features
-        parts: list = [None] * world
-        torch.distributed.all_gather_object(parts, done)
-        done = [parts[i % world][i // world] for i in range(len(batches))]
+    parts = everyones(done) if world > 1 else [done]
+    # the same batches as in one process, so the very same features
+    done = [parts[i % world][i // world] for i in range(len(batches))]
     features, numbers = map(torch.cat, zip(*done))                           # (N, D), (N,)
     bad = (~features.isfinite().all(1)).nonzero().flatten().tolist()
     if bad:
@@ -622,34 +636,32 @@ def similarity_ranges(q: Features, g: Features, most: int = 500) -> dict[str, li
 def evaluate_dataset(args: argparse.Namespace, model: nn.Module, recipe: dict, run: dict) -> None:
     """--dataset: numbers and pictures."""
     from extra import pictures
-    if args.attention or args.clusters:
+    if any(getattr(args, kind) for kind in PATCHES):
         pictures.vit_of(model)  # raises before minutes are spent
     dataset = load_dataset(args.dataset, args.data_root)
     result, q, g = evaluate(model, dataset, recipe, args.ap, args.cams == "file", **run)
     print(result)
     if args.rerank:
         print(f"re-ranked (k1=20, k2=6, lambda=0.3): {rank_splits(q, g, args.ap, True)}")
-    for file, draw, what in ((args.ranks, pictures.draw_ranks, (result, q, g)),
-                             (args.attention, pictures.draw_attention, (model.cpu(), recipe)),
-                             (args.clusters, pictures.draw_clusters, (model.cpu(), recipe))):
-        if file:
-            draw(file, dataset, *what)
+    if args.ranks:
+        pictures.draw_ranks(args.ranks, dataset, result, q, g)
+    for kind in PATCHES:
+        if file := getattr(args, kind):
+            getattr(pictures, f"draw_{kind}")(file, dataset, model.cpu(), recipe)
 
 
 def photos(folder: str, skip_bad: bool) -> list[str]:
     """Paths of all images below a folder, in the order of their names. Unreadable ones are listed;
     unless skip_bad they raise InputError."""
     paths, bad = list_images(Path(folder)), {}
-    if not paths:
-        raise InputError(f"{folder}: holds no image")
     for path in paths:
         try:
             read_image(path, (8, 8), Image.Resampling.NEAREST)
         except InputError as error:
             bad[path] = str(error)
     if len(bad) == len(paths) or bad and not skip_bad:
-        raise InputError(f"{len(bad)} of {len(paths)} images below {folder} cannot be read; "
-                         f"--skip-bad leaves them out, if others can: "
+        raise InputError(f"{folder}: holds {len(paths) or 'no'} images, {len(bad)} of which cannot "
+                         f"be read; --skip-bad leaves them out, if others can: "
                          f"{'; '.join([*bad.values()][:5])}")
     for error in bad.values():
         print(f"left out: {error}")
@@ -739,6 +751,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--ranks", metavar="PNG", help="draw the rank list")
     add("--attention", metavar="PNG", help="draw where a ViT's heads look")
     add("--clusters", metavar="PNG", help="draw which patches are alike to a ViT")
+    add("--correspondence", metavar="PNG", help="draw which patches of two images belong together")
     add("--gallery", metavar="DIR", help="with --query: where to search")
     add("--runs", nargs="+", metavar="DIR", help="with --curves: run folders")
     add("-o", "--out", metavar="NPZ", help="with --extract: the file for paths and features")
@@ -748,12 +761,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--workers", type=int, default=2, help="processes that decode images")
     add("--device", type=device_name, help="cpu or cuda",
         default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--bf16", action=argparse.BooleanOptionalAction, help="default: as the model was trained")
+    add("--bf16", action=argparse.BooleanOptionalAction, help="default: on a GPU, if trained so")
     return parser
 
 
-GOES_WITH = {"rerank": "dataset", "attention": "dataset", "clusters": "dataset",
-             "ranks": "dataset or query", "skip_bad": "extract or query"}
+PATCHES = ("attention", "clusters", "correspondence")  # pictures of a ViT's patches
+GOES_WITH = dict.fromkeys(("rerank", *PATCHES), "dataset") | {
+    "ranks": "dataset or query", "skip_bad": "extract or query"}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -771,7 +785,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for task, flag in (("extract", "out"), ("query", "gallery"), ("curves", "runs")):
         if bool(getattr(args, task)) != bool(getattr(args, flag)):
             parser.error(f"--{task} and --{flag} go together")
-    files = [(flag, name) for flag in ("ranks", "attention", "clusters", "curves", "out")
+    files = [(flag, name) for flag in ("ranks", *PATCHES, "curves", "out")
              if (name := getattr(args, flag))]
     for flag, name in files:
         suffix = ".npz" if flag == "out" else ".png"
@@ -802,7 +816,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{recipe['arch']} at {recipe['size'][0]}x{recipe['size'][1]}, feature {feature}, mean "
           f"{tuple(recipe['mean'])}, std {tuple(recipe['std'])}")
     run = {"batch_size": args.batch_size, "workers": args.workers, "device": args.device,
-           "bf16": bool(recipe.get("bf16")) if args.bf16 is None else args.bf16}
+           "bf16": bool(recipe.get("bf16")) and args.device != "cpu" if args.bf16 is None else
+           args.bf16}
     (evaluate_dataset if args.dataset else use_photos)(args, model.to(args.device), recipe, run)
 
 

@@ -27,6 +27,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -42,16 +43,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 from data import (IMAGENET_MEAN, IMAGENET_STD, NAMES, ContrastViews, FineTuneTransform, Images,
-                  InputError, MultiCrop, PKSampler, ShuffleSampler, command_line, cores, from_step,
-                  load_dataset, some_identities, step_generator, write_atomic)
-from evaluate import (ARCHS, ReIDModel, build_backbone, device_name, evaluate, load_weights,
-                      make_loader, read_checkpoint, similarity_ranges)
+                  InputError, MultiCrop, PKSampler, ShuffleSampler, command_line, cores,
+                  erasing_noise, from_step, load_dataset, some_identities, step_generator,
+                  write_atomic)
+from evaluate import (ARCHS, ReIDModel, bfloat16_is_right, build_backbone, device_name, evaluate,
+                      everyones, load_weights, make_loader, read_checkpoint, similarity_ranges)
 from personvit import PersonViTRecipe, cosine
 from upreid import UPReIDRecipe
 
@@ -171,7 +168,7 @@ class FineTuning(nn.Module):
     """The losses of a `ReIDModel`: images (B, 3, H, W), identities (B,) -> scalars.
 
     Of several processes each computes the loss of all n = B x processes images, as the hardest pair
-    may lie in two of them. `reference`, `collapsed`: as of the objectives of pre-training.
+    may lie in two of them. `reference`, `warning`: as of the objectives of pre-training.
     """
 
     def __init__(self, model: ReIDModel, recipe: Recipe):
@@ -187,8 +184,8 @@ class FineTuning(nn.Module):
         return {"total": id_loss + triplet, "id": id_loss, "triplet": triplet,
                 "accuracy": (scores.argmax(1) == y).float().mean()}
 
-    def collapsed(self, values: dict) -> bool:
-        return False  # the triplet loss says so itself, by staying at its margin or at log 2
+    def warning(self, values: dict) -> str:
+        return ""  # of a collapse the triplet loss tells, by staying at its margin or at log 2
 
 
 def all_rows(x: Tensor) -> Tensor:
@@ -231,23 +228,25 @@ def pretrain(method: str, recipe: PersonViTRecipe | UPReIDRecipe, dataset, run: 
         objective = recipe.build(machine.world * machine.accumulate)
     except ValueError as error:  # the method files know nothing of InputError
         raise InputError(str(error)) from None
-    for net in (m for m in objective.modules() if weights and hasattr(m, "forward_features")):
+    for net in networks(objective) if weights else ():
         print(load_weights(weights, net))
     objective.to(machine.device, memory_format=torch.channels_last).train()
-    optimizer, make_views = recipe.optimizer(objective), METHODS[method][1](recipe)
+    optimizer, views_of = recipe.optimizer(objective), METHODS[method][1](recipe)
+    make_views = compiled(objective, views_of, machine)
     sampler = ShuffleSampler(len(dataset.train), recipe.batch, recipe.seed, machine.rank,
                              machine.world, machine.accumulate)
     model, meter = distributed(objective, machine), Meter(machine, dataset.train)
-    parts = {"model": objective, "optimizer": optimizer, "meter": meter}  # of a checkpoint
+    parts = {"model": objective, "optimizer": optimizer}  # of a checkpoint
     # from here on the folder is this run's
     with run.begin(), stop_requests() as stop:
         first, last = run.restore(parts), recipe.epochs * len(sampler)
-        crops = Images(dataset.train, make_views, recipe.seed, recipe.draw)
+        crops = Images(dataset.train, views_of, recipe.seed, recipe.draw)
+        recipe = checked(recipe, objective, crops, sampler, run, machine)
         loader = meter.waiting(make_loader(crops, from_step(sampler, first, last), machine.workers))
         for step in range(first, last):
             epoch = step // len(sampler)
             if step % len(sampler) == 0:
-                keep_and_watch(objective, epoch, make_views, recipe, monitor, run, machine)
+                keep_and_watch(objective, epoch, views_of, recipe, monitor, run, machine)
                 meter.reset()
             rates, now = recipe.schedule(step, len(sampler))      # of the optimiser, of the model
             for group in optimizer.param_groups:
@@ -268,8 +267,8 @@ def pretrain(method: str, recipe: PersonViTRecipe | UPReIDRecipe, dataset, run: 
             optimizer.zero_grad()
             objective.update_teacher(**now)                       # no gradient ever reaches it
             log_save_stop(run, meter, parts, objective, stop, step, len(sampler), last, rates | now)
-        keep_and_watch(objective, recipe.epochs, make_views, recipe, monitor, run, machine)
-        run.save("backbone.pth", exported(objective, recipe.epochs, make_views, recipe))
+        keep_and_watch(objective, recipe.epochs, views_of, recipe, monitor, run, machine)
+        run.save("backbone.pth", exported(objective, recipe.epochs, views_of, recipe))
     return objective
 
 
@@ -290,7 +289,7 @@ def keep_and_watch(objective: nn.Module, epoch: int, views, recipe, monitor, run
     # batch norms of other processes than the first have statistics of their own
     if monitor and epoch % machine.monitor_every == 0 and not machine.rank:
         result, _, _ = evaluate(objective.backbone_for_export(), monitor, content,
-                                workers=machine.workers, device=machine.device, bf16=recipe.bf16)
+                                workers=machine.workers, device=machine.device)
         objective.train()  # what is exported may be what is trained
         run.log(epoch=epoch, monitor=monitor.name, mAP=result.mAP, rank1=float(result.cmc[0]))
 
@@ -317,15 +316,15 @@ def fine_tune(recipe: Recipe, dataset, run: "Run", weights: str | None,
         nn.SyncBatchNorm.convert_sync_batchnorm(backbone)  # the neck sees all rows as it is
     model.to(machine.device, memory_format=torch.channels_last).train()
     optimizer, objective = make_optimizer(recipe, model), FineTuning(model, recipe)
-    losses_of = distributed(objective, machine)
-    transform = FineTuneTransform(recipe.size, *NORMS[recipe.norm], recipe.erase == "noise",
-                                  rank=machine.rank, world=machine.world)
-    meter = Meter(machine, dataset.train)
-    parts = {"model": model, "optimizer": optimizer, "meter": meter}  # of a checkpoint
+    transform = FineTuneTransform(recipe.size, *NORMS[recipe.norm], recipe.erase == "noise")
+    augment = compiled(model, transform, machine)
+    losses_of, meter = distributed(objective, machine), Meter(machine, dataset.train)
+    parts = {"model": model, "optimizer": optimizer}  # of a checkpoint
     # from here on the folder is this run's
     with run.begin(), stop_requests() as stop:
         first, last = run.restore(parts), recipe.epochs * len(sampler)
         crops = Images(dataset.train, transform, recipe.seed)
+        recipe = checked(recipe, model, crops, sampler, run, machine)
         loader = meter.waiting(make_loader(crops, from_step(sampler, first, last), machine.workers))
         for step in range(first, last):
             for group in optimizer.param_groups:
@@ -333,9 +332,9 @@ def fine_tune(recipe: Recipe, dataset, run: "Run", weights: str | None,
             seed_device(recipe.seed, step, machine)
             images, drawn = next(loader)
             images, numbers, pids = on_device(machine, images, drawn["numbers"], drawn["pids"])
-            # noise for erased pixels is drawn where it is needed, by (seed, step) alone
-            generator = step_generator(recipe.seed, step, 0, 1, device=machine.device)
-            x = transform(images, numbers, generator)                        # (B, 3, H, W) float
+            noise = None if recipe.erase == "mean" else erasing_noise(
+                images, recipe.seed, step, machine.rank, machine.world)
+            x = augment(images, numbers, noise)                              # (B, 3, H, W) float
             with network_pass(losses_of, machine, recipe.bf16):
                 losses = losses_of(x, pids)
             losses["total"].backward()
@@ -350,11 +349,10 @@ def fine_tune(recipe: Recipe, dataset, run: "Run", weights: str | None,
     return model.eval()
 
 
-def fine_tune_and_evaluate(recipe: Recipe, dataset, out, overwrite: bool = False,
-                           weights: str | None = None, machine: "Machine | None" = None):
+def fine_tune_and_evaluate(recipe: Recipe, dataset, out, overwrite: bool, weights: str | None,
+                           machine: "Machine"):
     """One whole run: train, save model.pth, evaluate, save results.json; what that file holds, or
     None without queries. A run that was finished before is not run again."""
-    machine = machine or Machine()
     if any(r.pid < 0 for r in dataset.train):
         raise InputError(f"{dataset.root} has images without identity; fine-tuning needs names "
                          f"like 0002_c1 or a folder for each person; else they serve --pretrain")
@@ -370,8 +368,8 @@ def fine_tune_and_evaluate(recipe: Recipe, dataset, out, overwrite: bool = False
         print(f"{dataset.name} has no queries to evaluate it with")
         return None
     result, q, g = evaluate(model, dataset, stored(recipe, dataset), workers=machine.workers,
-                            device=machine.device, bf16=recipe.bf16, rank=machine.rank,
-                            world=machine.world)
+                            device=machine.device, rank=machine.rank, world=machine.world,
+                            bf16=recipe.bf16 and machine.device != "cpu")
     numbers = result.numbers() | {"similarity": similarity_ranges(q, g),
                                   "minutes": round(run.seconds / 60, 1)}
     run.compare()  # the folder may have been taken over meanwhile
@@ -396,6 +394,39 @@ def on_device(machine: "Machine", *tensors: Tensor) -> list[Tensor]:
     return [x.to(machine.device, non_blocking=True) for x in tensors]
 
 
+def compiled(module: nn.Module, make_views, machine: "Machine"):
+    """`make_views` as one compiled graph, and in place each network of the module, one for each
+    shape of its input: a GPU would else wait for Python to launch operation after operation. Heads
+    and losses stay as they are: how many patches are hidden differs from step to step."""
+    if not machine.backend:
+        return make_views
+    how = {"backend": machine.backend, "fullgraph": True, "dynamic": False}
+    for net in networks(module):
+        net.forward_features = torch.compile(net.forward_features, **how)
+    return torch.compile(make_views.__call__, **how)
+
+
+def networks(module: nn.Module) -> list[nn.Module]:
+    return [m for m in module.modules() if hasattr(m, "forward_features")]
+
+
+def checked(recipe, module: nn.Module, crops: Images, sampler, run: "Run", machine: "Machine"):
+    """The recipe, in float32 where this machine's bfloat16 is wrong for what the networks will see.
+    The run's machine.json says what was used: it does not decide whether a run may go on."""
+    if recipe.bf16 and machine.device == "cpu":
+        images, drawn = crops.__getitems__(next(iter(sampler)))
+        seen = crops.views(images, drawn["numbers"])
+        seen = seen.values() if isinstance(seen, dict) else [seen]
+        recipe = replace(recipe, bf16=bfloat16_is_right(networks(module), seen))
+        module.train()
+        if not recipe.bf16:
+            print("WARNING: bfloat16 is wrong on this processor: for a shape of this run features "
+                  "differ from float32's by far more than rounding; going on in float32")
+    used = {"torch": torch.__version__, "device": machine.device, "bf16": recipe.bf16}
+    run.save("machine.json", json.dumps(used).encode())
+    return recipe
+
+
 def seed_device(seed: int, step: int, machine: "Machine") -> None:
     """Stochastic depth draws from the device's own generator, set by (seed, step, process)."""
     torch.manual_seed(step_generator(seed, step, machine.rank, 2).initial_seed())
@@ -405,10 +436,10 @@ def distributed(module: nn.Module, machine: "Machine") -> nn.Module:
     """The module itself, or one that averages its gradients over all processes."""
     if machine.world == 1:
         return module
-    with warnings.catch_warnings():  # PyTorch 2.14 has another name for it, 2.6 only this one
-        warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
-        # inputs stay where they are (masks on the CPU); buffers stay each process's own
-        return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+    # PyTorch 2.14 has another name for it, 2.6 only this one
+    warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
+    # inputs stay where they are (masks on the CPU); buffers stay each process's own
+    return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
 
 
 @contextlib.contextmanager
@@ -422,16 +453,15 @@ def network_pass(model: nn.Module, machine: "Machine", bf16: bool, passes_left: 
 def log_save_stop(run: "Run", meter: "Meter", parts: dict, objective: nn.Module, stop: list,
                   step: int, epoch_steps: int, last: int, more: dict) -> None:
     """The end of a step: write what is due, a line of the log (at the end of each epoch, too) or a
-    checkpoint, and end the process if it was asked to. Looks at the device at no other time."""
+    checkpoint, never without a line before it; and end the process if it was asked to. Looks at the
+    device at no other time."""
     done, machine = step + 1, meter.machine
-    stopping = anyone(bool(stop))
-    logs = done % machine.log_every == 0 or done % epoch_steps == 0
+    stopping = any(everyones(bool(stop)))  # all after the same step; a GPU is not kept waiting
     saves = stopping or done % machine.save_every == 0 or done == last
-    if logs or saves:
+    if saves or done % machine.log_every == 0 or done % epoch_steps == 0:
         values = meter.read(done, last, run)
-    if logs:
-        flag = {"warning": "COLLAPSE?"} if objective.collapsed(values) else {}
-        run.log(epoch=step // epoch_steps + 1, **values, **objective.reference, **more, **flag)
+        run.log(epoch=step // epoch_steps + 1, **values, **objective.reference, **more,
+                warning=objective.warning(values) or None)
         meter.reset()
     if saves:
         run.save_checkpoint(done, parts)
@@ -441,12 +471,8 @@ def log_save_stop(run: "Run", meter: "Meter", parts: dict, objective: nn.Module,
 
 
 class Meter:
-    """Means since the last line of the log, broken images, and what a clock measures.
-
-    Sums stay on the device: reading them in every step would keep the GPU waiting. They belong into
-    the checkpoint, so that a line which spans a stop equals the uninterrupted run's (with one
-    process; `left` is too short in that line).
-    """
+    """Means since the last line of the log or the start, broken images, and what a clock measures.
+    Sums stay on the device: reading them in every step would keep the GPU waiting."""
 
     def __init__(self, machine: "Machine", records):
         self.machine, self.records, self.broken = machine, records, set()
@@ -481,10 +507,10 @@ class Meter:
             dist.all_reduce(sums)
         values = dict(zip((n for names in self.sums for n in names), sums.tolist()))
         if not math.isfinite(values["total"] + values["grad_norm"]):
-            good = [str(path) for path in run.checkpoints()[:1]] or ["nowhere"]
+            good = (run.checkpoints() or ["nowhere"])[0]
             raise InputError(f"the loss or its gradient is not finite at step {done} or just "
-                             f"before; the last good state is in {good[0]}; start anew with a "
-                             f"lower --lr or --no-bf16, and another --out")
+                             f"before; the last good state is in {good}; start anew with a lower "
+                             f"--lr or --no-bf16, and another --out")
         self.broken = set().union(*everyones(self.broken))
         if len(self.broken) > 0.01 * len(self.records):
             names = ", ".join(self.records[i].path for i in sorted(self.broken)[:3])
@@ -496,20 +522,13 @@ class Meter:
                 "img_s": round(self.images / seconds, 1), "wait": round(self.waited / seconds, 3),
                 "left": str(left)}
 
-    def state_dict(self) -> dict:
-        return {"sums": self.sums, "steps": self.steps, "broken": sorted(self.broken)}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.steps, self.broken = state["steps"], set(state["broken"])
-        self.sums = {n: v.to(self.machine.device) for n, v in state["sums"].items()}
-
 
 # ---------------------------------------------------------------------------------------------
 # The run folder
 # ---------------------------------------------------------------------------------------------
 
 CHECKPOINT = "checkpoint_" + 9 * "[0-9]" + ".pth"  # the number of steps done
-RUN_FILES = ("recipe.json", "log.jsonl", CHECKPOINT, "model.pth", "backbone.pth",
+RUN_FILES = ("recipe.json", "machine.json", "log.jsonl", CHECKPOINT, "model.pth", "backbone.pth",
              "backbone_e[0-9][0-9][0-9][0-9].pth", "results.json")
 
 
@@ -545,12 +564,11 @@ class Run:
         if "recipe.json" not in present:
             raise InputError(f"{self.folder} holds {', '.join(present)} of something else; take "
                              f"another folder by --out, or --overwrite to delete them")
-        try:
+        changed = ["its recipe.json is damaged"]
+        with contextlib.suppress(ValueError, AttributeError, TypeError, OSError, RecursionError):
             old = json.loads((self.folder / "recipe.json").read_text())
             changed = [f"{k}: {old.get(k)} there, {self.recipe.get(k)} now"
                        for k in sorted({*old, *self.recipe}) if old.get(k) != self.recipe.get(k)]
-        except (ValueError, AttributeError, TypeError, OSError, RecursionError):
-            changed = ["its recipe.json is damaged"]
         if changed:
             raise InputError(f"{self.folder} holds a run with another recipe ({'; '.join(changed)}"
                              f"); take another folder by --out, or start over with --overwrite")
@@ -575,14 +593,13 @@ class Run:
         """Keep other processes out until this one ends. A record lock: data workers, which may
         outlive a process that is killed by seconds, do not inherit it."""
         try:
-            if fcntl:  # not on Windows
-                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            import fcntl  # not on Windows
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise InputError(f"another process is training in {self.folder}; wait for it, or take "
                              f"another folder by --out") from None
-        except OSError as error:
-            print(f"WARNING: no locks in {self.folder} ({error.strerror}): let no other process "
-                  f"train there")
+        except (ImportError, OSError) as error:
+            print(f"WARNING: no locks in {self.folder} ({error}): let no other process train there")
 
     def save(self, name: str, content: dict | bytes) -> None:
         """A file that is there as a whole, or as it was before."""
@@ -633,10 +650,10 @@ class Run:
         return step
 
     def log(self, **values) -> None:
-        """One JSON object per line, to the screen and to log.jsonl."""
+        """One JSON object per line, to the screen and to log.jsonl; None is left out."""
         if self.writes:
             line = json.dumps({k: float(f"{v:.5g}") if isinstance(v, float) else v
-                               for k, v in values.items()})
+                               for k, v in values.items() if v is not None})
             print(line, flush=True)
             with open(self.log_file, "a") as handle:
                 handle.write(line + "\n")
@@ -672,8 +689,8 @@ def open_run(out, recipe, dataset, overwrite: bool, machine: "Machine", weights=
                                   "data": dataset.fingerprint()}
     run = Run(out, described, overwrite, machine.rank)
     print(f"run {run.folder}:", *(f"{k}={v}" for k, v in described.items()))
-    print(f"  torch={torch.__version__} device={machine.device} processes={machine.world} "
-          f"accum={machine.accumulate} threads={torch.get_num_threads()}")
+    print(f"  torch={torch.__version__} threads={torch.get_num_threads()} {machine}" + (
+        "" if machine.backend else "; nothing is compiled, which takes a GPU and a C compiler"))
     return run
 
 
@@ -690,10 +707,11 @@ class Machine:
     device: str = "cpu"
     workers: int = 2          # decoding processes
     save_every: int = 500     # steps between checkpoints
-    log_every: int = 20       # steps between log lines
     accumulate: int = 1       # passes that a step of pre-training is split into, for less memory
     keep_every: int = 0       # epochs of pre-training between backbones kept apart, 0: none
     monitor_every: int = 10   # ... and between looks at the mAP of plain features
+    backend: str = ""         # of torch.compile; none: operations are launched one by one
+    log_every: int = 20       # steps between log lines
     rank: int = 0             # this process among
     world: int = 1            # ... the processes that share each batch
 
@@ -710,9 +728,6 @@ def join_processes(machine: Machine) -> Machine:
                          f"with torchrun, or unset WORLD_SIZE") from None
     device, backend = machine.device, "gloo"
     if device == "cuda":
-        if local >= torch.cuda.device_count():
-            raise InputError(f"process {local} of this machine has no GPU of its own, there are "
-                             f"{torch.cuda.device_count()}; start fewer processes")
         device, backend = f"cuda:{local}", "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     # an hour: the others wait while the first evaluates
@@ -724,27 +739,8 @@ def join_processes(machine: Machine) -> Machine:
 
 
 def wait_for_all() -> None:
-    """Until every process has come here; one process need not wait."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def anyone(flag: bool) -> bool:
-    """Does any process say so? They must stop after the same step."""
-    if not dist.is_initialized():
-        return flag
-    flags = torch.tensor(int(flag))  # on the CPU: a GPU is not kept waiting
-    dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return bool(flags)
-
-
-def everyones(mine) -> list:
-    """The same thing of each process, in their order."""
-    if not dist.is_initialized():
-        return [mine]
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, mine)
-    return parts
+    """Until every process has come here."""
+    everyones(None)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -758,12 +754,8 @@ def pair(text: str) -> tuple:
     return first, second
 
 
-def number_or_none(text: str) -> float | None:
-    """A triplet's margin, or none for the soft one."""
-    return None if text.lower() == "none" else float(text)
-
-
-PARSERS = {tuple[int, int]: pair, tuple[float, float]: pair, float | None: number_or_none}
+PARSERS = {tuple[int, int]: pair, tuple[float, float]: pair,
+           float | None: lambda text: None if text.lower() == "none" else float(text)}
 
 
 # flags of numbers that are more than 0, and of those that are at most 1
@@ -786,6 +778,11 @@ def add_recipe_flags(parser: argparse.ArgumentParser, usual) -> None:
         parser.add_argument(f"--{field.name.replace('_', '-')}", **how,
                             default="none" if value is None else value,
                             help=comments[field.name].replace("%", "%%"))
+
+
+def can_compile(device: str) -> bool:
+    """Is there a GPU, for which it pays, and a C compiler?"""
+    return device != "cpu" and any(map(shutil.which, (os.environ.get("CC") or "cc", "gcc")))
 
 
 def parse_args(argv: list[str] | None = None):
@@ -815,6 +812,8 @@ def parse_args(argv: list[str] | None = None):
     add("--workers", type=int, default=min(cores(), 8), help="decoding processes")
     # never left to OMP_NUM_THREADS, as each number of threads rounds sums in its own way
     add("--threads", type=int, default=min(cores(), 8), help="of each process, for a CPU's sums")
+    add("--compile", action=argparse.BooleanOptionalAction, default=can_compile(known.device),
+        help="networks and views as graphs, for which a C compiler is needed")
     add("--save-every", type=int, default=500, metavar="STEPS", help="checkpoint interval")
     add("--accum", type=int, default=1, metavar="N", help="pre-training: passes of a step")
     add("--keep-every", type=int, default=0, metavar="EPOCHS", help="pre-training: keep backbones")
@@ -838,8 +837,8 @@ def main(argv: list[str] | None = None) -> None:
     args, recipe = parse_args(argv)
     torch.set_num_threads(args.threads)
     machine = join_processes(Machine(
-        args.device, args.workers, args.save_every, accumulate=args.accum,
-        keep_every=args.keep_every, monitor_every=args.monitor_every))
+        args.device, args.workers, args.save_every, args.accum, args.keep_every,
+        args.monitor_every, "inductor" if args.compile else ""))
     names = filter(None, (Path(args.dataset).name, args.pretrain, recipe.arch))
     out = args.out or "runs/" + "_".join(names)
     if machine.rank:  # the first may write: synthetic people, an index of LUPerson

@@ -40,6 +40,19 @@ from torch import Tensor, nn
 # ---------------------------------------------------------------------------------------------
 
 
+class GroupedBatchNorm(nn.BatchNorm2d):
+    """Batch norm of which, in training, each of `groups` equal parts of the batch has statistics of
+    its own, as if it were on a GPU of its own; (B, C, h, w) -> the same shape."""
+
+    groups = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.groups == 1 or not self.training:
+            return super().forward(x)
+        norm = super().forward
+        return torch.cat([norm(part) for part in x.chunk(self.groups)])
+
+
 class Bottleneck(nn.Module):
     """1x1, 3x3, 1x1 convolutions and a shortcut; (B, C, h, w) -> (B, 4 width, h/stride, w/stride).
 
@@ -54,17 +67,16 @@ class Bottleneck(nn.Module):
         out = width * self.expansion
         # no bias: the batch norm behind each convolution subtracts the mean and would cancel it
         self.conv1 = nn.Conv2d(channels, width, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
+        self.bn1 = GroupedBatchNorm(width)
         self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
+        self.bn2 = GroupedBatchNorm(width)
         self.conv3 = nn.Conv2d(width, out, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(out)
+        self.bn3 = GroupedBatchNorm(out)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = None  # torchvision's name; it fits the shortcut to the output's shape
         if stride != 1 or channels != out:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out)
-            )
+            self.downsample = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False),
+                                            GroupedBatchNorm(out))
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -90,7 +102,7 @@ class ResNet(nn.Module):
         if len(depths) != 4 or min(depths) < 1:
             raise ValueError(f"ResNet has four stages of at least one block, got depths={depths}")
         self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
+        self.bn1 = GroupedBatchNorm(width)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         channels = width
@@ -233,6 +245,8 @@ class UPReID(nn.Module):
         self.temperature_local, self.hardest = temperature_local, hardest
         self.weight_global, self.weight_local = weight_global, weight_local
         self.groups, self.shuffle = groups, shuffle
+        for norm in (m for m in self.modules() if isinstance(m, GroupedBatchNorm)):
+            norm.groups = groups
         # the losses of a network that finds everything equally similar
         self.reference = {"ln_queue": math.log(1 + queue_size)}
         if weight_local and hardest:
@@ -246,7 +260,7 @@ class UPReID(nn.Module):
         """
         if len(views["first"]) % self.groups:
             raise ValueError(f"{len(views['first'])} images do not divide by {self.groups} groups")
-        feature = grouped(self.online["backbone"], views["first"], self.groups)    # (B, D)
+        feature = self.online["backbone"](views["first"])                          # (B, D)
         q = self.project(self.online, "head", feature)                             # (B, d)
         k, o = self.encode_keys(views)                                             # (B, d) each
         self.new_keys.append(gathered(k))
@@ -266,6 +280,11 @@ class UPReID(nn.Module):
     def project(self, encoder: nn.ModuleDict, head: str, features: Tensor) -> Tensor:
         """Features (..., D) -> unit vectors (..., d) in float32."""
         return F.normalize(encoder[head](features).float(), dim=-1)
+
+    def encode(self, encoder: nn.ModuleDict, head: str, views: Tensor) -> Tensor:
+        """Several views of each image in one forward: (B, V, 3, H, W) -> unit vectors (B, V, d)."""
+        features = encoder["backbone"](views.flatten(0, 1))                    # (B V, D)
+        return self.project(encoder, head, features).unflatten(0, views.shape[:2])
 
     @torch.no_grad()
     def encode_keys(self, views: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -287,19 +306,16 @@ class UPReID(nn.Module):
         if self.shuffle:
             order = order.unflatten(0, (-1, world_size() * self.groups)).T.flatten()
         mine = images[part_of(order)]                             # (B, 1 or 2, 3, H, W)
-        features = grouped(self.momentum["backbone"], mine, self.groups)       # (B, 1 or 2, D)
-        keys = gathered(self.project(self.momentum, "head", features))         # (n, 1 or 2, d)
+        keys = gathered(self.encode(self.momentum, "head", mine))              # (n, 1 or 2, d)
         keys = keys[part_of(order.argsort())]     # the inverse permutation:     (B, 1 or 2, d)
         return keys[:, 0], keys[:, 1] if self.weight_global else None
 
     def encode_stripes(self, views: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """a and b: all stripes of all images, in one forward of each encoder."""
         # no shuffling: positive and negatives are of one image, their statistics tell nothing
-        a = grouped(self.online["backbone"], views["stripes1"], self.groups)   # (B, M, D)
-        a = self.project(self.online, "stripe_head", a)                        # (B, M, d)
+        a = self.encode(self.online, "stripe_head", views["stripes1"])         # (B, M, d)
         with torch.no_grad():
-            b = grouped(self.momentum["backbone"], views["stripes2"], self.groups)
-            b = self.project(self.momentum, "stripe_head", b)                  # (B, M, d)
+            b = self.encode(self.momentum, "stripe_head", views["stripes2"])   # (B, M, d)
         return a, b
 
     @torch.no_grad()
@@ -336,11 +352,12 @@ class UPReID(nn.Module):
         self.new_keys.clear()
         ema(self.momentum, self.online, momentum)
 
-    @staticmethod
-    def collapsed(values: dict[str, float]) -> bool:
-        """Do logged diagnostics show that all images get the same feature, or the same query?"""
+    def warning(self, values: dict[str, float]) -> str:
+        """What a line of the log warns of, if of anything: all images have the same feature, or the
+        same query."""
         # at random weights above 0.3 on images of people; the limit is ours
-        return not all(values[name] > 1e-2 for name in ("feature_std", "query_std"))
+        spread_out = all(values[name] > 1e-2 for name in ("feature_std", "query_std"))
+        return "" if spread_out else "COLLAPSE?"
 
     def backbone_for_export(self) -> ResNet:
         """The online encoder's ResNet [LUP]. The running statistics of its batch norms are those of
@@ -357,13 +374,6 @@ def spread(x: Tensor) -> Tensor:
 def ema(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """Parameters of the teacher = m teacher + (1 - m) student, in one launch."""
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
-
-
-def grouped(net: nn.Module, x: Tensor, groups: int) -> Tensor:
-    """net on (B, ..., 3, H, W), each of `groups` parts of the B with batch statistics of its own ->
-    (B, ..., D)."""
-    parts = [net(part) for part in x.flatten(0, -4).chunk(groups)]
-    return torch.cat(parts).unflatten(0, x.shape[:-3])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -483,12 +493,11 @@ class UPReIDRecipe:
 
 
 if __name__ == "__main__":  # the file alone, in any folder: sizes, and one step on noise
-    for name, build in RESNETS.items():
-        net, images = build().eval(), torch.randn(2, 3, 256, 128)
-        print(f"{name}: {sum(p.numel() for p in net.parameters()):,} parameters, images "
-              f"{tuple(images.shape)} -> map {tuple(net.forward_features(images).shape)} -> "
-              f"feature {tuple(net(images).shape)}")
-    model = UPReID(resnet_tiny(), queue_size=256)
+    net, images = resnet_tiny(), torch.randn(2, 3, 128, 64)
+    print(f"resnet_tiny: {sum(p.numel() for p in net.parameters()):,} parameters, images "
+          f"{tuple(images.shape)} -> map {tuple(net.forward_features(images).shape)} -> feature "
+          f"{tuple(net(images).shape)}")
+    model = UPReID(net, queue_size=256)
     noise = {name: torch.randn(4, 3, 128, 64) for name in ("first", "second", "original")}
     noise |= {name: torch.randn(4, 4, 3, 32, 64) for name in ("stripes1", "stripes2")}
     losses = model(noise)

@@ -5,13 +5,15 @@
    faster)
 2. a step of PersonViT beside the plain formulation that the reference code has; of UP-ReID beside
    MoCo v2's
-3. each training from files to weights: images per second of the data alone, of the computation
-   alone, of both; waiting, memory, and the arithmetic's own limit
-4. CMC, mAP and re-ranking at MSMT17's size, beside dense textbook versions of fewer pairs
+3. each training from files to weights, on a GPU eager and compiled: images per second of the data
+   alone, of the computation alone, of both; where a step's time goes; launches, memory, and the
+   arithmetic's own limit
+4. CMC, mAP and re-ranking at MSMT17's size, the first beside a dense textbook version
 5. LUPerson's size: 4.2 M paths listed, shuffled and read by 16 workers, and their memory
 """
 
 import argparse
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -23,17 +25,19 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.utils.flop_counter
 import torchvision
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from data import Images, MultiCrop, ShuffleSampler, from_step, load_dataset
 from evaluate import make_loader, rank_features
 from personvit import Attention, PersonViT, PersonViTRecipe, vit_small
-from upreid import UPReIDRecipe, resnet50
+from upreid import UPReID, UPReIDRecipe, resnet50
 
 # ---------------------------------------------------------------------------------------------
 # Measuring
@@ -229,53 +233,123 @@ class Enough(Exception):
     """Raised in a training that has gone on for long enough."""
 
 
-def whole_loop(name: str, device: str, folder: str, steps: int) -> str:
+class Launches(TorchDispatchMode):
+    """Counts operations; on a GPU each is at least one launch."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += torch.Tag.inplace_view not in func.tags and not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+class Stages:
+    """One training, stage after stage, each from one line of its log to the next: "warm" (compiling
+    too), "both" (from files to weights), "compute" (one batch again and again), "phases" (where the
+    time goes, the device being waited for after each), "launches"."""
+
+    names = ("warm", "both", "compute", "phases", "launches")
+
+    def __init__(self, device: str):
+        self.device, self.lines, self.seconds, self.loader = device, {}, collections.Counter(), None
+        self.counter = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]
+                                              ) if device != "cpu" else Launches()
+
+    def stage(self) -> str:
+        return self.names[len(self.lines)]
+
+    def log(self, **values) -> None:
+        self.lines[self.stage()] = values
+        if len(self.lines) == len(self.names):
+            self.counter.__exit__(None, None, None)
+            raise Enough
+        if self.stage() == "launches":
+            self.counter.__enter__()
+
+    def batches(self, *args):
+        """In place of `make_loader`."""
+        self.loader = args
+        for batch in make_loader(*args):
+            yield batch
+            while self.stage() in self.names[2:]:
+                yield batch
+
+    def timed(self, phase: str, function):
+        def wrapped(*args, **kwargs):
+            if self.stage() != "phases":
+                return function(*args, **kwargs)
+            out = []
+            self.seconds[phase] += seconds(lambda: out.append(function(*args, **kwargs)),
+                                           self.device)
+            return out[0]
+        return wrapped
+
+    def per_step(self, stage: str, total: float) -> float:
+        before = self.lines[self.names[self.names.index(stage) - 1]]["step"]
+        return total / (self.lines[stage]["step"] - before)
+
+    def launches(self) -> float:
+        cuda = torch.autograd.DeviceType.CUDA
+        n = self.counter.count if self.device == "cpu" else sum(
+            event.device_type == cuda for event in self.counter.events())
+        return self.per_step("launches", n)
+
+
+def staged(name: str, recipe, dataset, device: str, steps: int, backend: str) -> Stages:
+    """A training of 5 times `steps` steps."""
+    stages, compiled = Stages(device), train.compiled
+    module = {"personvit": PersonViT, "upreid": UPReID}.get(name, train.FineTuning)
+    optimisers = [torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD]
+    places = [(train, "on_device", "copy"), (module, "forward", "forward"),
+              (torch.Tensor, "backward", "backward"), (module, "finish_gradients", "clipping"),
+              *((kind, "step", "optimiser") for kind in optimisers),
+              (module, "update_teacher", "teacher")]
+    with contextlib.ExitStack() as stack:
+        for owner, attribute, phase in places:
+            if hasattr(owner, attribute):
+                stack.enter_context(mock.patch.object(owner, attribute, stages.timed(
+                    phase, getattr(owner, attribute))))
+        stack.enter_context(mock.patch.object(train, "compiled", lambda *args: stages.timed(
+            "views", compiled(*args))))
+        stack.enter_context(mock.patch.object(train, "make_loader", stages.batches))
+        run = train.Run(stack.enter_context(tempfile.TemporaryDirectory()), {})
+        run.log = stages.log
+        stack.enter_context(contextlib.suppress(Enough))
+        machine = train.Machine(device, 8 if device != "cpu" else 1, save_every=10 ** 9,
+                                log_every=steps, backend=backend)
+        if name in train.METHODS:
+            train.pretrain(name, recipe, dataset, run, machine)
+        else:
+            train.fine_tune(recipe, dataset, run, None, machine)
+    return stages
+
+
+def whole_loop(name: str, device: str, folder: str, steps: int, backend: str) -> str:
     """One training from files to weights, in a process of its own: what limits it?"""
     multiprocessing.set_start_method("fork", force=True)  # of the workers, as in a training
     gpu = device != "cpu"  # recipes for one GPU, or for a laptop; images are the synthetic people's
     kind = train.METHODS[name][0] if name in train.METHODS else train.Recipe
     recipe = kind.preset("market1501" if gpu else "synthetic", TRAININGS[name][gpu])
-    recipe = dataclasses.replace(recipe, bf16=gpu)
-    dataset, loaders = load_dataset("synthetic", folder), []
-
-    def train_on(source, steps: int, lines: int = 2) -> dict:
-        """The last of some lines of the training's log, its batches being those of `source`."""
-        machine = train.Machine(device, 8 if gpu else 1, save_every=10 ** 9, log_every=steps)
-        logged = []
-
-        def log(**values):
-            logged.append(values)
-            if len(logged) == lines:
-                raise Enough
-
-        with tempfile.TemporaryDirectory() as out, contextlib.suppress(Enough):
-            train.make_loader, run = source, train.Run(out, {})
-            run.log = log
-            if name in train.METHODS:
-                train.pretrain(name, recipe, dataset, run, machine)
-            else:
-                train.fine_tune(recipe, dataset, run, None, machine)
-        return logged[-1]
-
-    def from_files(*args):
-        loaders.append(args)
-        return make_loader(*args)
-
-    both = train_on(from_files, steps)
-    alone = iter(make_loader(*loaders[0]))
-    batch = next(alone)  # workers have started
-    B, took = len(batch[0]), seconds(lambda: [next(alone) for _ in range(2 * steps)], "cpu")
-    compute = train_on(lambda *_: itertools.repeat(batch), steps)
+    recipe, dataset = dataclasses.replace(recipe, bf16=gpu), load_dataset("synthetic", folder)
+    done = staged(name, recipe, dataset, device, steps, backend)
     memory = torch.cuda.max_memory_allocated() / 2 ** 20 if gpu else peak_rss()
+    alone = iter(make_loader(*done.loader))
+    B = len(next(alone)[0])  # workers have started
+    took = seconds(lambda: [next(alone) for _ in range(2 * steps)], "cpu")
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
-        train_on(lambda *_: [batch], 1, lines=1)
-    work, rate = counter.get_total_flops() / B, matrix_rate(device)
-    return (f"  {name} ({recipe.arch} {recipe.size[0]}x{recipe.size[1]}, batch {B}), img/s: data "
-            f"alone {2 * steps * B / took:,.0f} ({loaders[0][-1]} workers), compute alone "
-            f"{compute['img_s']:,.0f}, both {both['img_s']:,.0f}, waiting {both['wait']:.1%}; peak "
-            f"memory {memory:,.0f} MB; {work / 1e9:.2f} GFLOP per image at {rate / 1e9:,.0f} "
-            f"GFLOP/s of a matrix product: at most {rate / work:,.0f} img/s, of which compute "
-            f"reaches {compute['img_s'] * work / rate:.0%}")
+        staged(name, recipe, dataset, device, 1, "")
+    work, rate = counter.get_total_flops() / B / len(Stages.names), matrix_rate(device)
+    both, compute = done.lines["both"], done.lines["compute"]
+    phases = ", ".join(f"{name} {1e3 * done.per_step('phases', total):.1f}"
+                       for name, total in done.seconds.items())
+    return (f"  {name} ({recipe.arch} {recipe.size[0]}x{recipe.size[1]}, batch {B}, "
+            f"{'compiled' if backend else 'eager'}), img/s: data alone {2 * steps * B / took:,.0f} "
+            f"({done.loader[-1]} workers), compute alone {compute['img_s']:,.0f}, both "
+            f"{both['img_s']:,.0f}, waiting {both['wait']:.1%}\n    ms of a step: {phases}; "
+            f"{done.launches():,.0f} launches; peak memory {memory:,.0f} MB\n"
+            f"    {work / 1e9:.2f} GFLOP per image at {rate / 1e9:,.0f} GFLOP/s of a matrix "
+            f"product: at most {rate / work:,.0f} img/s, of which compute reaches "
+            f"{compute['img_s'] * work / rate:.0%}")
 
 
 def matrix_rate(device: str) -> float:
@@ -289,8 +363,10 @@ def matrix_rate(device: str) -> float:
 def loops(device: str, quick: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         load_dataset("synthetic", folder)
-        for name in TRAININGS:
-            print(in_new_process(whole_loop, name, device, folder, 2 if quick else 7), flush=True)
+        for name, backend in itertools.product(TRAININGS, ("", "inductor") if device != "cpu" else
+                                               ("",)):
+            print(in_new_process(whole_loop, name, device, folder, 2 if quick else 7, backend),
+                  flush=True)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -319,37 +395,11 @@ def dense_rank(q, q_pids, q_cams, g, g_pids, g_cams) -> float:
     return float(np.mean(APs))
 
 
-def dense_rerank(q, g, k1: int = 20, k2: int = 6, lam: float = 0.3) -> np.ndarray:
-    """Re-ranking with dense (N, N) matrices, as the code in use has it."""
-    x = torch.cat([q, g])
-    D = (2 - 2 * x @ x.T).clamp(min=0).cpu().numpy()
-    D /= D.max(1, keepdims=True)
-    rank, V = np.argsort(D, 1)[:, :k1 + 1], np.zeros_like(D)
-    near, half_near = ([set(row) for row in rank[:, :k + 1].tolist()] for k in (k1, round(k1 / 2)))
-    mutual, half_mutual = ([{j for j in row if i in sets[j]} for i, row in enumerate(sets)]
-                           for sets in (near, half_near))
-    for i in range(len(x)):
-        more = set(mutual[i])
-        for c in mutual[i]:
-            if len(half_mutual[c] & mutual[i]) > 2 / 3 * len(half_mutual[c]):
-                more |= half_mutual[c]
-        more = list(more)
-        V[i, more] = np.exp(-D[i, more]) / np.exp(-D[i, more]).sum()
-    V = np.stack([V[rank[i, :k2]].mean(0) for i in range(len(x))])
-    inverted = [np.flatnonzero(column) for column in V.T]
-    out = np.zeros((len(q), len(x)), np.float32)
-    for i in range(len(q)):
-        for t in np.flatnonzero(V[i]):
-            out[i, inverted[t]] += np.minimum(V[i, t], V[inverted[t], t])
-    return ((1 - lam) * (1 - out / (2 - out)) + lam * D[:len(q)])[:, len(q):]
-
-
 def measured(kind: str, Q: int, G: int, ids: int, device: str) -> tuple[float, float, str]:
     """Seconds, MB above the features (of the CPU), and the result."""
     args = [x.to(device) if x.is_floating_point() else x for x in clustered(Q, G, ids)]
     actions = {"rank": lambda: rank_features(*args), "dense rank": lambda: dense_rank(*args),
-               "rerank": lambda: rank_features(*args, rerank=True),
-               "dense rerank": lambda: dense_rerank(args[0], args[3]).mean()}
+               "rerank": lambda: rank_features(*args, rerank=True)}
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of making them (Linux)
     before, start = peak_rss(), time.perf_counter()
     result = actions[kind]()
@@ -357,10 +407,9 @@ def measured(kind: str, Q: int, G: int, ids: int, device: str) -> tuple[float, f
 
 
 def ranking(device: str, quick: bool) -> None:
-    """MSMT17's size. The dense textbook versions have a quarter of the pairs, in re-ranking a
-    sixteenth: with a quarter their matrices, of all images by all, would fill 30 GB."""
+    """MSMT17's size; the dense textbook version has a quarter of the pairs."""
     Q, G, ids = (1_000, 8_000, 300) if quick else (11_659, 82_161, 3_060)
-    for kind, part in (("rank", 1), ("dense rank", 2), ("rerank", 1), ("dense rerank", 4)):
+    for kind, part in (("rank", 1), ("dense rank", 2), ("rerank", 1)):
         size = Q // part, G // part, ids // part
         took, memory, result = in_new_process(measured, kind, *size, device)
         print(f"  {kind} of {size[0]:,} x {size[1]:,}, 384-d: {took:.1f} s, {memory:,.0f} MB above "

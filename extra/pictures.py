@@ -1,4 +1,5 @@
-"""Pictures (PNG, by Pillow alone): rank lists, attention, clusters of patches, curves, studies.
+"""Pictures (PNG, by Pillow alone): rank lists; attention, clusters and correspondence of patches;
+curves, studies.
 
 Of each kind two functions: `draw_...` computes what is to be seen of a dataset and a model, or of
 run folders; `..._page` lays plain values out and decides nothing. What ranks where is read from the
@@ -155,8 +156,8 @@ def vit_of(model: nn.Module) -> VisionTransformer:
     """The backbone of a model, if it is a ViT."""
     backbone = getattr(model, "base", model)
     if not isinstance(backbone, VisionTransformer):
-        raise InputError("attention and clusters are pictures of a ViT's patches; these weights "
-                         "are of a ResNet")
+        raise InputError("attention, clusters and correspondence are pictures of a ViT's patches; "
+                         "these weights are of a ResNet")
     return backbone
 
 
@@ -226,6 +227,66 @@ def draw_clusters(file: str | Path, dataset, model: nn.Module, recipe: dict, n: 
         shares.append(float((clusters == c).float().mean()))
     cluster_page(file, f"{dataset.name}: patch tokens in {len(shares)} clusters", images, clusters,
                  examples, shares)
+
+
+@torch.inference_mode()
+def mutual_nearest(vit: VisionTransformer, x: Tensor, y: Tensor) -> Tensor:
+    """Patches of two images (3, H, W) that are each other's most similar, as in PersonViT's
+    Figure 6: places (k, 2) among the N of each, in the order of the first image."""
+    a, b = F.normalize(vit.forward_features(torch.stack([x, y]))[:, 1:].float(), dim=-1)  # (N, D)
+    similarity = a @ b.T                                                     # (N, N)
+    there, back = similarity.argmax(1), similarity.argmax(0)
+    places = torch.arange(len(a))
+    return torch.stack([places, there], dim=1)[back[there] == places]
+
+
+def draw_correspondence(file: str | Path, dataset, model: nn.Module, recipe: dict,
+                        n: int = 12) -> None:
+    """Pairs of images of one person, the second by another camera where there is one, with lines
+    between patches that are each other's nearest. Pairs are spread evenly over all people."""
+    vit, size, pairs = vit_of(model), tuple(recipe["size"]), {}
+    gallery = {}
+    for record in dataset.gallery:
+        gallery.setdefault(record.pid, []).append(record)
+    for one in dataset.query:
+        others = [r for r in gallery.get(one.pid, []) if r.path != one.path]
+        others.sort(key=lambda r: r.camid == one.camid)  # stable: another camera's first
+        if others and one.pid not in pairs:
+            pairs[one.pid] = (one, others[0])
+    if not pairs:
+        raise InputError(f"{dataset.root}: nobody has two images")
+    pairs = [pair for i, pair in enumerate(pairs.values()) if i in evenly(len(pairs), n)]
+    found = []
+    for pair in pairs:
+        images = torch.stack([read_image(r.path, size, Image.Resampling.BILINEAR) for r in pair])
+        x = normalize(images, recipe["mean"], recipe["std"])
+        found.append((images, mutual_nearest(vit, *x)))
+    correspondence_page(file, f"{dataset.name}: patches that are each other's nearest", found,
+                        vit.grid_of(*size))
+
+
+def correspondence_page(file: str | Path, title: str, pairs: list[tuple[Tensor, Tensor]],
+                        grid: tuple[int, int], most: int = 12) -> None:
+    """Pairs of images, uint8 (2, 3, h, w), and places (k, 2) of patches that belong together, of
+    which at most `most` are drawn, evenly spread."""
+    title += f"; at most {most} lines a pair"
+    sheet = Sheet(min(2 * len(pairs), 8), math.ceil(len(pairs) / 4), title)
+    sheet.text(GAP, 6, title)
+    sheet.text(GAP, 24, f"beneath: how many of the {grid[0] * grid[1]} patches")
+    for number, (images, places) in enumerate(pairs):
+        row, column = number // 4, number % 4 * 2
+        corners = [sheet.place(column + side, row) for side in (0, 1)]
+        for side in (0, 1):
+            sheet.paste(images[side], column + side, row, f"{len(places)}" * (side == 0))
+        for i in evenly(len(places), most):
+            ends = [(x + (int(place) % grid[1] + 0.5) * W / grid[1],
+                     y + (int(place) // grid[1] + 0.5) * H / grid[0])
+                    for (x, y), place in zip(corners, places[i])]
+            color = PALETTE[i % len(PALETTE)]
+            sheet.draw.line([*ends[0], *ends[1]], color)
+            for x, y in ends:
+                sheet.draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=color)
+    save(sheet.image, file)
 
 
 def attention_page(file: str | Path, title: str, images: Tensor, attention: Tensor) -> None:

@@ -4,6 +4,10 @@
     few-shot   random weights, UP-ReID, PersonViT; fine-tuned on 10, 30, 100 % of the identities
     upreid     UP-ReID's losses, one by one
     personvit  PersonViT without its masks, without its local crops
+    epochs     PersonViT after a quarter, a half ... of its epochs
+    data       PersonViT on 3, 25, 50, 100 % of the unlabelled images, in equally many steps
+    initialisation  PersonViT from random weights and from --weights FILE
+    evidence   ViT-S on one GPU, from random weights and after PersonViT; one seed, ten minutes
 
 Rows with the same network and share of labels are fine-tuned alike, and with the same seed on the
 same labelled people. Each training has a folder below --out, so a study that was stopped goes on
@@ -30,9 +34,10 @@ from torch import Tensor
 from data import (NAMES, InputError, PKSampler, Record, ShuffleSampler, command_line, cores,
                   load_dataset, read_image, some_identities)
 from evaluate import build_backbone, device_name, evaluate, load_model, rank_features
+from extra.bench import staged
 from extra.pictures import draw_dots, draw_ranks
-from train import (METHODS, NORMS, Machine, Recipe, fine_tune_and_evaluate, open_run, pair,
-                   pretrain)
+from train import (METHODS, NORMS, Machine, Recipe, can_compile, fine_tune_and_evaluate, open_run,
+                   pair, pretrain)
 
 RANDOM, TITLES = "random weights", {"upreid": "UP-ReID", "personvit": "PersonViT"}
 
@@ -42,9 +47,12 @@ class Row:
     """One line of a table: where the backbone comes from, and how it is fine-tuned."""
 
     origin: str
-    method: str         # of METHODS, whose network it is
-    before: object      # recipe of the pre-training, or None
+    method: str             # of METHODS, whose network it is
+    before: object          # recipe of the pre-training, or None
     recipe: Recipe
+    share: float = 1.0      # of the images that the pre-training sees
+    start: str = ""         # weights that the first of the trainings starts from; none: random
+    kept: int = 0           # epochs of pre-training after which it is fine-tuned; 0: all
 
     @property
     def group(self) -> str:
@@ -58,9 +66,10 @@ class Row:
 
 
 def recipes(method: str, dataset, seed: int, given: dict):
-    """Recipes of pre-training and fine-tuning for a method's laptop network; given: bf16, and size,
-    epochs, pretrain_epochs where they differ from the usual ones."""
-    before = METHODS[method][0].preset("synthetic")
+    """Recipes of pre-training and fine-tuning, for a method's laptop network if no other is given;
+    given: bf16, and arch, size, epochs, pretrain_epochs where they differ from the usual ones."""
+    kind, arch = METHODS[method][0], given.get("arch")
+    before = kind.preset(dataset.name, arch) if arch else kind.preset("synthetic")
     recipe = Recipe.preset(dataset.name, before.arch)
     people = len({r.pid for r in dataset.train})
     both = {"seed": seed, "size": given.get("size", before.size), "bf16": given["bf16"]}
@@ -107,9 +116,56 @@ def variants(method: str, changes: dict[str, dict]) -> Callable:
     return rows
 
 
+def epochs(dataset, seed: int, given: dict) -> list[Row]:
+    """Accuracy against epochs of one pre-training, as PersonViT's Figure 3 has it."""
+    random, row = pairs("personvit", dataset, seed, given, (1.0,))
+    part = max(row.before.epochs // 4, 1)
+    return [random] + [dataclasses.replace(row, origin=f"PersonViT, {n} epochs", kept=n)
+                       for n in range(part, row.before.epochs + 1, part)]
+
+
+def amounts(dataset, seed: int, given: dict) -> list[Row]:
+    """Accuracy against the number of unlabelled images, as in PersonViT's Table 5, in equally many
+    steps; the batches of few images are smaller."""
+    random, row = pairs("personvit", dataset, seed, given, (1.0,))
+    rows, n, before = [random], len(dataset.train), row.before
+    for share in (0.03, 0.25, 0.5, 1.0):
+        few = round(share * n)
+        batch = min(before.batch, few)
+        steps = before.epochs * (n // before.batch)
+        recipe = dataclasses.replace(before, batch=batch, epochs=max(steps // (few // batch), 1))
+        rows.append(dataclasses.replace(row, origin=f"PersonViT, {share:.0%} of the images",
+                                        before=recipe, share=share))
+    return rows
+
+
+def initialisation(dataset, seed: int, given: dict) -> list[Row]:
+    """PersonViT from random and from given weights (--weights), which are fine-tuned alone, too."""
+    random, row = pairs("personvit", dataset, seed, given, (1.0,))
+    if not given.get("weights"):
+        raise InputError("the study of initialisations needs --weights FILE")
+    return [random, row,
+            dataclasses.replace(random, origin="given weights", start=given["weights"]),
+            dataclasses.replace(row, origin="PersonViT from given weights", start=given["weights"])]
+
+
+def evidence(dataset, seed: int, given: dict) -> list[Row]:
+    """ViT-S at 128x64 on one GPU, in about ten minutes: does pre-training pay on this set?"""
+    given = {"arch": "vit_small", "size": (128, 64), "epochs": 20, "pretrain_epochs": 40} | given
+    random, row = pairs("personvit", dataset, seed, given, (1.0,))
+    calm = dict(optimizer="adamw", lr=3e-4, bias_lr=1.0, weight_decay=0.05, warmup=3, smoothing=0.1,
+                margin=0.3, neck_feat="after")
+    return [dataclasses.replace(r, recipe=dataclasses.replace(r.recipe, **calm))
+            for r in (random, row)]
+
+
 STUDIES = {
     "demo": demo,
     "few-shot": few_shot,
+    "epochs": epochs,
+    "data": amounts,
+    "initialisation": initialisation,
+    "evidence": evidence,
     "upreid": variants("upreid", {
         "U1, instance contrast (MoCo v2)": dict(weight_global=0.0, weight_local=0.0),
         "U1 + U2, global consistency": dict(weight_local=0.0),
@@ -133,16 +189,43 @@ def run_rows(rows: list[Row], dataset, out: Path, overwrite: bool, machine: Mach
     done, pretrained = {}, {}
     for row in rows:
         seed = row.recipe.seed
-        if row.before and row.origin not in pretrained:
-            run = open_run(out / file_name(f"{row.origin}_{seed}_pretraining"), row.before, dataset,
-                           overwrite, machine, pretrain=row.method)
-            pretrain(row.method, row.before, dataset, run, machine)
-            pretrained[row.origin] = str(run.folder / "backbone.pth")
-        weights = pretrained.get(row.origin)
+        key, weights = (row.method, row.before, row.start), row.start or None
+        if row.before and key not in pretrained:
+            part = dataclasses.replace(dataset, train=some_images(dataset.train, row.share, seed))
+            name = TITLES[row.method] if row.kept else row.origin
+            run = open_run(out / file_name(f"{name}_{seed}_pretraining"), row.before, part,
+                           overwrite, machine, weights, pretrain=row.method)
+            pretrain(row.method, row.before, part, run, dataclasses.replace(
+                machine, keep_every=row.kept), weights)
+            pretrained[key] = run.folder
+        if row.before:
+            name = f"backbone_e{row.kept:04d}.pth" if row.kept else "backbone.pth"
+            weights = str(pretrained[key] / name)
         folder = out / file_name(f"{row.group}_{row.origin}_{seed}")
         results = fine_tune_and_evaluate(row.recipe, dataset, folder, overwrite, weights, machine)
         done[row.group, row.origin] = results, folder
     return done
+
+
+def some_images(records, share: float, seed: int):
+    """A share of the images, drawn by the seed; a smaller one is a part of a larger."""
+    order = np.random.default_rng(seed).permutation(len(records))[:round(share * len(records))]
+    return [records[i] for i in sorted(order)]
+
+
+def say_how_long(rows: list[Row], dataset, machine: Machine) -> None:
+    """Minutes of the trainings of one seed on this machine, by a few steps of each kind."""
+    minutes, rates = 0.0, {}
+    for row in rows:
+        for name, recipe, share in ((row.method, row.before, row.share),
+                                    ("fine-tuning", row.recipe, row.recipe.labelled)):
+            if recipe:
+                key = name, recipe.arch, recipe.size
+                if key not in rates:
+                    done = staged(name, recipe, dataset, machine.device, 5, machine.backend)
+                    rates[key] = done.lines["both"]["img_s"]
+                minutes += recipe.epochs * share * len(dataset.train) / rates[key] / 60
+    print(f"the trainings will take about {minutes:.0f} minutes here, a seed")
 
 
 def file_name(text: str) -> str:
@@ -160,7 +243,7 @@ def check(rows: list[Row], dataset) -> None:
                 row.before.build()
             except ValueError as error:  # the method files know nothing of InputError
                 raise InputError(str(error)) from None
-            ShuffleSampler(len(dataset.train), row.before.batch)
+            ShuffleSampler(len(some_images(dataset.train, row.share, 0)), row.before.batch)
 
 
 def study(name: str, dataset, seeds: list[int], given: dict, out: Path, overwrite: bool,
@@ -173,7 +256,10 @@ def study(name: str, dataset, seeds: list[int], given: dict, out: Path, overwrit
         raise InputError(f"{out} is no study's folder, and {' and '.join(taken)} in it would be "
                          f"replaced; choose another with --out")
     for seed in seeds:
-        check(STUDIES[name](dataset, seed, given), dataset)
+        rows = STUDIES[name](dataset, seed, given)
+        check(rows, dataset)
+    if name == "evidence":
+        say_how_long(rows, dataset, machine)
     if name == "demo":
         table = untrained(dataset, machine)
     for number, seed in enumerate(seeds, 1):
@@ -267,10 +353,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dataset", default="synthetic", metavar="NAME",
         help=f"{', '.join(NAMES)} or the path of a folder; default: synthetic")
     add("--data-root", default="data", help="folder that holds the datasets")
-    add("--seeds", nargs="+", type=int, metavar="N", help="default: 0 for the demo, else 0 1 2 3 4")
+    add("--seeds", nargs="+", type=int, metavar="N", help="default: 0, of studies 0 to 4")
     add("--size", type=pair, help="height x width, in both trainings; default: 128x64")
     add("--epochs", type=int, metavar="N", help="fine-tuning; default: 24, demo: 12, 24")
     add("--pretrain-epochs", type=int, metavar="N", help="pre-training; default: 16, demo: 12, 8")
+    add("--weights", metavar="FILE", help="initialisation: the weights to start from")
     add("--out", metavar="DIR", help="default: runs/<study>, or runs/<study>_<dataset>")
     add("--overwrite", action="store_true", help="start over in a used folder")
     add("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu",
@@ -290,15 +377,16 @@ def main(argv: list[str] | None = None) -> None:
     if "WORLD_SIZE" in os.environ:
         parser.error("a study runs in one process: start it with python, not with torchrun")
     torch.set_num_threads(args.threads)
-    given = {key: getattr(args, key) for key in ("size", "epochs", "pretrain_epochs")
+    given = {key: getattr(args, key) for key in ("size", "epochs", "pretrain_epochs", "weights")
              if getattr(args, key) is not None} | {"bf16": args.device != "cpu"}
     dataset = load_dataset(args.dataset, args.data_root)
     if not dataset.query:
         raise InputError(f"{dataset.name} has no queries, by which a study could be judged")
-    seeds = args.seeds or ([0] if args.study == "demo" else [0, 1, 2, 3, 4])
+    seeds = args.seeds or ([0] if args.study in ("demo", "evidence") else [0, 1, 2, 3, 4])
     name = args.study if args.dataset == "synthetic" else f"{args.study}_{Path(args.dataset).name}"
     study(args.study, dataset, seeds, given, Path(args.out or f"runs/{name}"), args.overwrite,
-          Machine(args.device, args.workers))
+          Machine(args.device, args.workers,
+                  backend="inductor" if can_compile(args.device) else ""))
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def test_extract_is_deterministic_and_takes_any_mode(weights, photos, tmp_path, 
 def test_broken_photos_are_listed_and_left_out_on_request_only(weights, photos, tmp_path, capsys):
     (photos / "broken.jpg").write_bytes(b"no image")
     (photos / "empty.png").write_bytes(b"")
-    with pytest.raises(InputError, match=r"2 of 21 images below .* cannot be read; --skip-bad leaves them out.*broken.jpg"):
+    with pytest.raises(InputError, match=r"holds 21 images, 2 of which cannot be read; --skip-bad leaves them out.*broken.jpg"):
         run("--extract", photos, "-o", tmp_path / "a.npz", "--weights", weights)
     assert not (tmp_path / "a.npz").exists()
     run("--extract", photos, "-o", tmp_path / "a.npz", "--weights", weights, "--skip-bad")
@@ -76,16 +76,17 @@ def test_broken_photos_are_listed_and_left_out_on_request_only(weights, photos, 
         run("--extract", photos / "absent", "-o", tmp_path / "b.npz", "--weights", weights)
 
 
-@pytest.mark.parametrize("trained, flags, used", [(True, [], True), (False, [], False), (None, [], False),
+@pytest.mark.parametrize("trained, flags, used", [(True, [], False), (False, [], False), (None, [], False),
                                                   (True, ["--no-bf16"], False), (False, ["--bf16"], True)])
-def test_evaluated_in_the_precision_it_was_trained_in(weights, photos, monkeypatch, trained, flags, used):
+def test_evaluated_in_float32_on_a_cpu_unless_asked(weights, photos, monkeypatch, trained, flags, used):
     content = torch.load(weights)
     if trained is not None:
         content["recipe"]["bf16"] = trained
     torch.save(content, weights)
     seen = []
     monkeypatch.setattr(evaluate, "extract", lambda *args, bf16, **_: seen.append(bf16) or (torch.eye(2), None))
-    run("--compare", photos / "deep" / "p00.png", photos / "deep" / "p01.png", "--weights", weights, *flags)
+    run("--compare", photos / "deep" / "p00.png", photos / "deep" / "p01.png", "--weights", weights, "--device",
+        "cpu", *flags)
     assert seen == [used]
 
 
@@ -120,11 +121,11 @@ def test_query_alone_in_the_gallery(weights, photos, tmp_path):
 
 
 def test_pictures_of_a_dataset(weights, market, tmp_path, capsys):
-    files = [tmp_path / name for name in ("r.png", "a.png", "c.png")]
+    files = [tmp_path / name for name in ("r.png", "a.png", "c.png", "p.png")]
     run("--dataset", market, "--weights", weights, "--rerank", "--ranks", files[0], "--attention", files[1],
-        "--clusters", files[2])
+        "--clusters", files[2], "--correspondence", files[3])
     out = capsys.readouterr().out
-    assert out.count("mAP") == 2 and "re-ranked" in out and out.count("picture in") == 3
+    assert out.count("mAP") == 2 and "re-ranked" in out and out.count("picture in") == 4
     for file in files:
         image = np.asarray(Image.open(file).convert("RGB"))
         assert image.shape[0] > 100 and len(np.unique(image.reshape(-1, 3), axis=0)) > 50
@@ -162,6 +163,32 @@ def test_clusters_find_patches_that_are_alike():
     assert clusters.shape == (3, 4, 2) and len(clusters[:, :2].unique()) == len(clusters[:, 2:].unique()) == 1
     assert clusters[0, 0, 0] != clusters[0, 3, 0] and (typical > 0.999).all()
     assert torch.equal(clusters, pictures.patch_clusters(vit, x, count=2)[0])
+
+
+def test_patches_that_belong_together_find_each_other():
+    """Without positions a ViT sees a set of patches: of the same ones in another order each finds its twin."""
+    torch.manual_seed(0)
+    vit = VisionTransformer((64, 32), 16, embed_dim=24, depth=1, num_heads=3).eval()
+    vit.pos_embed.data.zero_()
+    x, order = torch.randn(3, 64, 32), torch.randperm(8)
+    patches = x.view(3, 4, 16, 2, 16).permute(1, 3, 0, 2, 4).flatten(0, 1)                   # (8, 3, 16, 16), row by row
+    y = patches[order].view(4, 2, 3, 16, 16).permute(2, 0, 3, 1, 4).reshape(3, 64, 32)
+    places = pictures.mutual_nearest(vit, x, y)
+    assert torch.equal(places, torch.stack([torch.arange(8), order.argsort()], dim=1))
+    one = pictures.mutual_nearest(vit, x, torch.zeros(3, 64, 32))                            # all alike: one of them has a twin
+    assert len(one) == 1 and one[0, 1] == 0
+
+
+def test_lines_of_a_pair_end_in_the_patches_that_belong_together(tmp_path):
+    images, places = torch.full((2, 3, 64, 32), 255, dtype=torch.uint8), torch.tensor([[0, 7]])
+    pictures.correspondence_page(tmp_path / "p.png", "title", [(images, places)], (4, 2))
+    page = np.asarray(Image.open(tmp_path / "p.png").convert("RGB")).astype(int)
+    sheet = pictures.Sheet(2, 1, "title; at most 12 lines a pair")
+    for side, (row, column) in enumerate([(0, 0), (3, 1)]):
+        x, y = sheet.place(side, 0)
+        x, y = x + round((column + 0.5) * pictures.W / 2), y + round((row + 0.5) * pictures.H / 4)
+        assert (page[y, x] == pictures.PALETTE[0]).all()
+        assert (page[y + 12, x - 12] == 255).all() or (page[y - 12, x + 12] == 255).all()
 
 
 def test_each_head_has_its_own_map_and_bright_is_much(tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from conftest import command, market_tree, write_image
 from PIL import Image
 
 from data import Dataset, InputError, Record, load_dataset, some_identities
+from evaluate import build_backbone
 from extra import study
 from personvit import PersonViTRecipe
 from train import Machine, Recipe
@@ -101,6 +103,49 @@ def test_a_study_from_nothing_to_its_table(tiny, dataset, tmp_path, capsys, monk
     tables = [text[text.rindex("\nmarket"):].splitlines()[:6] for text in (first, again)]
     assert tables[0] == tables[1]
     assert tables[0][1] == "market1501, 4 queries; seeds 0, 1; labelled: 100% of the identities"
+
+
+def test_one_pretraining_serves_all_epochs(tiny, dataset, tmp_path):
+    study.study("epochs", dataset, [0], GIVEN | {"pretrain_epochs": 2}, tmp_path, False, Machine(workers=0))
+    (folder,) = {p.parent for p in tmp_path.glob("*_pretraining/recipe.json")}
+    assert {p.name for p in folder.glob("backbone_e*")} == {"backbone_e0001.pth", "backbone_e0002.pth"}
+    starts = {json.loads(p.read_text())["weights"] for p in tmp_path.glob("vit_mini_*/recipe.json")}
+    assert {start and start.split()[0] for start in starts} == {None, "backbone_e0001.pth", "backbone_e0002.pth"}
+    assert torch.load(folder / "backbone_e0001.pth")["epoch"] == 1
+
+
+def test_fewer_images_are_seen_in_as_many_steps(tiny):
+    rows = study.STUDIES["data"](crowd(1000), 0, GIVEN | {"pretrain_epochs": 30})
+    images = [study.some_images(crowd(1000).train, row.share, 0) for row in rows[1:]]
+    assert [len(part) for part in images] == [30, 250, 500, 1000]
+    assert all({r.pid for r in few} < {r.pid for r in more} for few, more in zip(images, images[1:]))
+    for row, part in zip(rows[1:], images):
+        steps = row.before.epochs * (len(part) // row.before.batch)
+        assert row.before.batch <= len(part) and 0.95 * 7500 < steps <= 7500
+    tiny_set = study.STUDIES["data"](crowd(60), 0, GIVEN)                    # 3 % are two images
+    assert tiny_set[1].before.batch == 2
+
+
+def test_initialisation_starts_from_given_weights(tiny, dataset, tmp_path):
+    with pytest.raises(InputError, match="needs --weights FILE"):
+        study.STUDIES["initialisation"](dataset, 0, GIVEN)
+    torch.save(build_backbone("vit_mini", (64, 32)).state_dict(), tmp_path / "w.pth")
+    study.study("initialisation", dataset, [0], GIVEN | {"weights": str(tmp_path / "w.pth")}, tmp_path / "out", False,
+                Machine(workers=0))
+    starts = {p.parent.name: json.loads(p.read_text())["weights"] for p in (tmp_path / "out").glob("*/recipe.json")}
+    given = {name for name, start in starts.items() if start and start.startswith("w.pth")}
+    assert given == {"PersonViT_from_given_weights_0_pretraining", "vit_mini_given_weights_0"} and len(starts) == 6
+
+
+def test_evidence_says_beforehand_how_long_it_takes(tiny, dataset, tmp_path, capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(study, "staged", lambda name, *_: asked.append(name) or SimpleNamespace(
+        lines={"both": {"img_s": 2.0}}))
+    rows = study.STUDIES["evidence"](dataset, 0, GIVEN)
+    assert [(r.origin, r.before and r.before.epochs, r.recipe.epochs) for r in rows] == [
+        ("random weights", None, 20), ("PersonViT", 40, 20)]
+    study.say_how_long(rows, dataset, Machine(workers=0))                    # (20 + 40 + 20) x 16 images at 2 a second
+    assert "about 11 minutes here" in capsys.readouterr().out and asked == ["fine-tuning", "personvit"]
 
 
 def test_table_means_spreads_and_pairs(capsys):

@@ -14,7 +14,7 @@ import torchvision
 from conftest import PATIENCE, ROOT
 
 import upreid
-from upreid import ResNet, UPReID, UPReIDRecipe, global_consistency, info_nce, intrinsic_contrast
+from upreid import GroupedBatchNorm, ResNet, UPReID, UPReIDRecipe, global_consistency, info_nce, intrinsic_contrast
 
 # parameters without a classifier; torchvision's resnet50 has 25,557,032 with its fc of 2,049,000
 SIZES = {"resnet50": 23_508_032, "resnet_tiny": 2_011_168}
@@ -183,7 +183,7 @@ def plain_forward(model, views):
 
 
 @pytest.mark.parametrize("B, M, groups", [(4, 4, 2), (6, 2, 3), (1, 4, 1), (8, 4, 1)])
-def test_fast_equals_plain(B, M, groups):
+def test_fast_equals_plain(doubles, B, M, groups):
     model, views = small_model(groups=groups, weight_global=0.7, weight_local=0.3, hardest=1).eval(), small_views(B, M)
     with torch.no_grad():
         for p in model.momentum.parameters():
@@ -247,12 +247,26 @@ def test_momentum_encoder_is_a_moving_average():
 
 
 def batches_of(net, action):
-    """The images (by their constant value) that each call of the net normalised together."""
-    calls = []
-    handle = net.conv1.register_forward_pre_hook(lambda _, args: calls.append(args[0][:, 0, 0, 0].int().tolist()))
+    """The images (by their constant value) that the net normalised together."""
+    groups = []
+    handle = net.conv1.register_forward_pre_hook(lambda _, args: groups.extend(
+        part[:, 0, 0, 0].int().tolist() for part in args[0].chunk(net.bn1.groups)))
     action()
     handle.remove()
-    return calls
+    return groups
+
+
+def test_parts_of_a_batch_have_statistics_of_their_own():
+    torch.manual_seed(0)
+    x, ours, plain = torch.randn(6, 4, 3, 5), GroupedBatchNorm(4), torch.nn.BatchNorm2d(4)
+    ours.groups = 3
+    with torch.no_grad():
+        ours.weight.copy_(torch.randn(4))
+        plain.load_state_dict(ours.state_dict())
+    torch.testing.assert_close(ours(x), torch.cat([plain(part) for part in x.split(2)]), rtol=0, atol=0)
+    for name, value in plain.state_dict().items():               # running statistics, too
+        torch.testing.assert_close(ours.state_dict()[name], value, rtol=0, atol=0)
+    torch.testing.assert_close(ours.eval()(x), plain.eval()(x), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("B, groups", [(4, 2), (16, 4), (12, 2)])
@@ -289,8 +303,8 @@ def test_bfloat16_does_not_reach_the_losses(monkeypatch):
     q = F.normalize(1 + 0.1 * torch.randn(4, 6), dim=1)
     keys = F.normalize(1 + 0.1 * torch.randn(4, 2, 6), dim=2)
     stripes = F.normalize(torch.ones(4, 4, 6) + torch.arange(4.0)[:, None], dim=2)
-    monkeypatch.setattr(model, "project", lambda encoder, head, x: (
-        stripes if head == "stripe_head" else q if x.ndim == 2 else keys))
+    monkeypatch.setattr(model, "project", lambda *_: q)
+    monkeypatch.setattr(model, "encode", lambda encoder, head, x: stripes if head == "stripe_head" else keys)
     plain = model(views)
     with torch.autocast("cpu", torch.bfloat16):
         mixed = model(views)
@@ -314,19 +328,19 @@ def test_collapse_is_flagged_both_ways():
 
     model, views = small_model(), small_views()
     healthy = logged()
-    assert not model.collapsed(healthy)
+    assert model.warning(healthy) == ""
     for name in ("feature_std", "query_std"):
-        assert model.collapsed(healthy | {name: math.nan}) and model.collapsed(healthy | {name: 0.0})
+        assert model.warning(healthy | {name: math.nan}) == model.warning(healthy | {name: 0.0}) == "COLLAPSE?"
     last = model.online["head"][-1]
     weight = last.weight.detach().clone()
     last.weight.data.zero_()                     # the projection alone: features are as they were
     constant = logged()
     assert constant["query_std"] < 1e-6 and constant["feature_std"] == healthy["feature_std"]
-    assert model.collapsed(constant)
+    assert model.warning(constant) == "COLLAPSE?"
     last.weight.data.copy_(weight)
     model.online["backbone"].forward_features = lambda x: torch.ones(len(x), 64, 1, 1)
     constant = logged()
-    assert constant["feature_std"] < 1e-6 and model.collapsed(constant)
+    assert constant["feature_std"] < 1e-6 and model.warning(constant) == "COLLAPSE?"
 
 
 # ---- how it is trained -----------------------------------------------------------------------

@@ -10,7 +10,7 @@ from torchvision.transforms import InterpolationMode
 
 import data
 from data import (BRIGHTNESS, CONTRAST, HUE, ORDERS, SATURATION, ContrastViews, Draws, FineTuneTransform, MultiCrop,
-                  blur_matrix, colour_jitter, grey, inside, normalize, resize_matrix)
+                  blur_matrix, colour_jitter, erasing_noise, grey, inside, normalize, resize_matrix)
 
 HALF = (0.5,) * 3
 
@@ -124,17 +124,19 @@ def timm_erasing(H, W, n):
 def test_erased_pixels_get_noise_shared_by_processes_or_the_mean(noise):
     images, one = noise_images(8, (32, 16)), FineTuneTransform((32, 16), HALF, HALF, noise=noise)
     numbers = one.draw(uniforms(8, 26))
-    out = one(images, numbers, torch.Generator().manual_seed(5))
+    shared = [erasing_noise(images[:8 // n], 5, 7, rank, n) for n in (1, 2, 4) for rank in range(n)]
+    filled = shared[0] if noise else None
+    out = one(images, numbers, filled)
     assert out.shape == images.shape and out.dtype == torch.float32
     erased = inside(numbers[:, 3:], 32, 16).expand(-1, 3, -1, -1)
     nothing_erased = torch.cat([numbers[:, :3], torch.zeros(8, 4)], dim=1)
     plain = FineTuneTransform((32, 16), HALF, HALF, noise=False)(images, nothing_erased)
     assert torch.equal(out[~erased], plain[~erased]) and erased.any()
-    filled = torch.randn(8, 3, 32, 16, generator=torch.Generator().manual_seed(5)) * noise
-    assert torch.equal(out[erased], filled[erased])
-    halves = [FineTuneTransform((32, 16), HALF, HALF, noise=noise, rank=r, world=2)(
-        images[4 * r:4 * r + 4], numbers[4 * r:4 * r + 4], torch.Generator().manual_seed(5)) for r in range(2)]
-    assert torch.equal(torch.cat(halves), out)                # 2 processes augment as one does
+    assert torch.equal(out[erased], (filled if noise else torch.zeros_like(out))[erased])
+    for part in (shared[1:3], shared[3:]):                    # 2 or 4 processes draw as one does
+        assert torch.equal(torch.cat(part), shared[0])
+    assert shared[0].mean().abs() < 0.05 and 0.95 < shared[0].std() < 1.05
+    assert not torch.equal(erasing_noise(images, 5, 8, 0, 1), shared[0])
     outside = out.abs() > 1.001                               # only noise leaves the range of pixels
     assert outside.any() == noise
 
@@ -426,7 +428,7 @@ def test_threads_change_no_bit_of_a_view():
         torch.set_num_threads(threads)
         views = [seen(MultiCrop((64, 32), 2), images, 5), seen(ContrastViews((64, 32), True, 4), images, 5),
                  {"image": seen(FineTuneTransform((64, 32), HALF, HALF), images, 5,
-                                generator=torch.Generator().manual_seed(0))}]
+                                noise=erasing_noise(images, 0, 0, 0, 1))}]
         got.append([v for view in views for v in view.values()])
     torch.set_num_threads(before)
     assert len(got[0]) == 8

@@ -172,6 +172,8 @@ LIMITS = [
     (OSError(24, "Too many open files"), "ulimit -n"),
     (RuntimeError("received 0 items of ancillary data"), "ulimit -n"),
     (RuntimeError("can't start new thread"), "ulimit -u"),
+    (RuntimeError("CUDA error: invalid device ordinal\nGPU device may be out of range, do you have enough GPUs?\n"),
+     "fewer GPUs here than processes"),
     (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
                   "  File\nRuntimeError: unable to mmap 99 bytes from file </torch_1>: Cannot allocate memory (12)\n"),
      "memory is full")]
@@ -194,3 +196,11 @@ def test_a_fault_of_ours_keeps_its_traceback():
 
     with pytest.raises(RuntimeError, match="mat1"):
         command_line(fail)
+
+
+def test_scripts_compute_in_float32_where_they_say_so(monkeypatch):
+    """PyTorch's default for convolutions on a GPU is TF32, of 10 bits where float32 has 23."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    seen = []
+    command_line(lambda: seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)))
+    assert seen == [(False, False)]
