@@ -39,11 +39,12 @@ evidence: $(SETUP)  ## ... on a GPU in ten minutes: DATASET=market1501; goes on 
 test: $(SETUP)  ## all tests, on the CPU, in two processes at a time
 	@$(MAKE) --no-print-directory -j2 test-trainings test-rest
 
+TRAININGS = $(addprefix tests/test_,train.py workers.py study.py)
 test-trainings test-rest: $(SETUP)
 test-trainings:
-	$(PYTHON) -m pytest -q -p no:cacheprovider tests/test_train.py
+	$(PYTHON) -m pytest -q -p no:cacheprovider $(TRAININGS)
 test-rest:
-	$(PYTHON) -m pytest -q -p no:cacheprovider --ignore tests/test_train.py tests *.py --doctest-modules
+	$(PYTHON) -m pytest -q -p no:cacheprovider $(TRAININGS:%=--ignore=%) tests *.py --doctest-modules
 
 stress: $(SETUP)  ## kill trainings at random moments, go on, compare: FLAGS="--kills 20"
 	$(PYTHON) -m extra.stress $(FLAGS)

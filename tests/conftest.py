@@ -61,8 +61,8 @@ def dataset(market):
 
 @pytest.fixture(scope="session")
 def people(tmp_path_factory):
-    """Synthetic people, drawn once: 40 to learn from, 40 others to find again."""
-    return load_dataset("synthetic", make_synthetic(tmp_path_factory.mktemp("people") / "synthetic", 40, 40))
+    """Synthetic people, drawn once: 100 to learn from, 40 others to find again."""
+    return load_dataset("synthetic", make_synthetic(tmp_path_factory.mktemp("people") / "synthetic", 100, 40))
 
 
 @pytest.fixture
