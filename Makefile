@@ -33,13 +33,13 @@ demo: $(SETUP)  ## synthetic people: draw, pre-train, fine-tune, evaluate, rank 
 study: $(SETUP)  ## does pre-training pay? STUDY=few-shot upreid personvit epochs data initialisation; five seeds, hours
 	$(PYTHON) -m extra.study $(STUDY) --dataset "$(DATASET)" --data-root "$(DATA_ROOT)" $(FLAGS)
 
-evidence: $(SETUP)  ## ... on a GPU in ten minutes: DATASET=market1501; goes on after a stop
+evidence: $(SETUP)  ## ... of ViT-S, on a GPU: DATASET=market1501; says how long it takes, goes on after a stop
 	$(PYTHON) -m extra.study evidence --dataset "$(DATASET)" --data-root "$(DATA_ROOT)" $(FLAGS)
 
 test: $(SETUP)  ## all tests, on the CPU, in two processes at a time
 	@$(MAKE) --no-print-directory -j2 test-trainings test-rest
 
-TRAININGS = $(addprefix tests/test_,train.py workers.py study.py)
+TRAININGS = tests/test_train.py tests/test_learning.py
 test-trainings test-rest: $(SETUP)
 test-trainings:
 	$(PYTHON) -m pytest -q -p no:cacheprovider $(TRAININGS)

@@ -270,11 +270,11 @@ def correspondence_page(file: str | Path, title: str, pairs: list[tuple[Tensor, 
     """Pairs of images, uint8 (2, 3, h, w), and places (k, 2) of patches that belong together, of
     which at most `most` are drawn, evenly spread."""
     title += f"; at most {most} lines a pair"
-    sheet = Sheet(min(2 * len(pairs), 8), math.ceil(len(pairs) / 4), title)
+    sheet = Sheet(min(3 * len(pairs), 12) - 1, math.ceil(len(pairs) / 4), title)
     sheet.text(GAP, 6, title)
     sheet.text(GAP, 24, f"beneath: how many of the {grid[0] * grid[1]} patches")
     for number, (images, places) in enumerate(pairs):
-        row, column = number // 4, number % 4 * 2
+        row, column = number // 4, number % 4 * 3  # a pair stands apart from the next
         corners = [sheet.place(column + side, row) for side in (0, 1)]
         for side in (0, 1):
             sheet.paste(images[side], column + side, row, f"{len(places)}" * (side == 0))

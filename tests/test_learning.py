@@ -20,26 +20,27 @@ def test_a_short_pretraining_learns(people, tmp_path, monkeypatch):
     run = Run(tmp_path / "run", {})
     train.pretrain("personvit", recipe, people, run, Machine("cpu", 0, log_every=99, monitor_every=8), monitor=people)
     untrained, first, *lines, last, trained = log_lines(run.folder)
-    assert min(line["total"] for line in lines[:3]) < 0.7 * first["total"] and last["kl"] < 0.6 * first["kl"]
+    assert min(line["total"] for line in lines[:3]) < 0.6 * first["total"] and last["kl"] < 0.5 * first["kl"]
     assert not any("warning" in line for line in (first, *lines, last)) and last["information"] > 0.1
     assert trained["mAP"] > 1.1 * untrained["mAP"], (trained, untrained)
 
 
 def test_end_to_end_beats_the_untrained_network(people, tmp_path):
     """Fine-tune and evaluate from the command line; then evaluate the saved file again."""
-    common = ["--dataset", "synthetic", "--data-root", people.root, "--workers", 0, "--device", "cpu", "--size", "64x32"]
+    common = ["--dataset", "synthetic", "--data-root", people.root, "--workers", 0, "--device", "cpu"]
+    few = ["--labelled", 0.4, "--threads", 1]                    # 40 people
     results = {}
-    for name, epochs in (("untrained", 0), ("trained", 9)):
-        done = command(*common, "--epochs", epochs, "--threads", 1, "--out", tmp_path / name)
+    for name, epochs in (("untrained", 0), ("trained", 12)):
+        done = command(*common, *few, "--epochs", epochs, "--out", tmp_path / name)
         assert done.returncode == 0, done.stderr
         results[name] = json.loads((tmp_path / name / "results.json").read_text())
-    assert results["trained"]["mAP"] > results["untrained"]["mAP"] + 0.04, results
+    assert results["trained"]["mAP"] > results["untrained"]["mAP"] + 0.25, results
     assert results["trained"]["valid"] == results["trained"]["queries"]
     assert results["trained"]["minutes"] > 0
-    again = command(*common, "--epochs", 9, "--threads", 1, "--out", tmp_path / "trained")
+    again = command(*common, *few, "--epochs", 12, "--out", tmp_path / "trained")
     assert again.returncode == 0 and '"step"' not in again.stdout  # nothing left to train
     assert json.loads((tmp_path / "trained" / "results.json").read_text()) == results["trained"]
-    done = command(*common[:-2], "--weights", tmp_path / "trained" / "model.pth", "--ranks", tmp_path / "r.png",
+    done = command(*common, "--weights", tmp_path / "trained" / "model.pth", "--ranks", tmp_path / "r.png",
                    script=ROOT / "evaluate.py")
     assert done.returncode == 0 and f"mAP {results['trained']['mAP']:.2%}" in done.stdout, done.stderr
     assert (tmp_path / "r.png").stat().st_size > 10_000

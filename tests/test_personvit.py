@@ -368,7 +368,8 @@ def logged(name: str, every: int = 1):
 
 @pytest.mark.parametrize("every", [1, 2, 5])
 def test_a_teacher_that_goes_flat_is_flagged_in_time_and_runs_that_learn_are_not(every):
-    """Recorded: ViT-S on Market-1501 whose features stayed at 1.5 mAP, 20 epochs; networks that did learn."""
+    """Recorded: ViT-S on Market-1501 whose features stayed at 1.5 mAP, 20 epochs; networks that did learn. "held-back",
+    recorded when the limit was set, is of Market-1501: a ViT whose plain features rose from 0.45 to 0.97 mAP in 5 epochs."""
     def warnings(name: str) -> list[tuple[float, str]]:
         return [(line["epoch"], model.warning(line)) for line in logged(name, every)]
 
@@ -376,7 +377,7 @@ def test_a_teacher_that_goes_flat_is_flagged_in_time_and_runs_that_learn_are_not
     flat = warnings("flat-teacher")
     assert all(said == "FLAT?" for epoch, said in flat if epoch >= 4) and not any(said for epoch, said in flat if epoch <= 2)
     model.reference["ln_K"] = math.log(1024)
-    for name in ("cool-teacher-004", "cool-teacher-002", "laptop"):
+    for name in ("cool-teacher-004", "cool-teacher-002", "laptop", "held-back"):
         assert not any(said for _, said in warnings(name)), name
 
 

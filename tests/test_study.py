@@ -143,9 +143,9 @@ def test_evidence_says_beforehand_how_long_it_takes(tiny, dataset, tmp_path, cap
         lines={"both": {"img_s": 2.0}}))
     rows = study.STUDIES["evidence"](dataset, 0, GIVEN)
     assert [(r.origin, r.before and r.before.epochs, r.recipe.epochs) for r in rows] == [
-        ("random weights", None, 20), ("PersonViT", 40, 20)]
-    study.say_how_long(rows, dataset, Machine(workers=0))                    # (20 + 40 + 20) x 16 images at 2 a second
-    assert "about 11 minutes here" in capsys.readouterr().out and asked == ["fine-tuning", "personvit"]
+        ("random weights", None, 20), ("PersonViT", 25, 20)]
+    study.say_how_long(rows, dataset, Machine(workers=0))                    # (20 + 25 + 20) x 16 images at 2 a second
+    assert "about 9 minutes here" in capsys.readouterr().out and asked == ["fine-tuning", "personvit"]
 
 
 def test_table_means_spreads_and_pairs(capsys):

@@ -315,12 +315,12 @@ def test_compiled_networks_and_views_change_nothing(dataset, tmp_path, monkeypat
     eager, _ = trained(recipe, dataset, tmp_path / "eager", monitor=None if recipe is TINY else dataset, monitor_every=1)
     assert set(graphs) == {0}
     graphs.clear()
-    ours, run = trained(recipe, dataset, tmp_path / "compiled", backend="aot_eager", log_every=1,
-                        monitor=None if recipe is TINY else dataset, monitor_every=1)
+    ours, _ = trained(recipe, dataset, tmp_path / "compiled", backend="aot_eager", log_every=1,
+                      monitor=None if recipe is TINY else dataset, monitor_every=1)
     # views of one shape or two; a ViT's forward, PersonViT's teacher and student on two shapes, UP-ReID's encoders on two each
     assert len(graphs) > 2 and set(graphs) == {{Recipe: 2, PersonViTRecipe: 4, UPReIDRecipe: 5}[type(recipe)]}
     for name, value in eager.state_dict().items():
-        torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-5, atol=1e-5, msg=name)
     assert not counters["graph_break"]
 
 
@@ -357,7 +357,7 @@ def test_a_processor_whose_bfloat16_is_wrong_trains_in_float32(dataset, tmp_path
 
 @TRAININGS
 def test_bfloat16_is_probed_on_all_that_a_run_will_see(dataset, tmp_path, monkeypatch, recipe):
-    shapes, kept = [], {}
+    shapes = []
     monkeypatch.setattr(train, "bfloat16_is_right", lambda nets, views: shapes.append(
         (len(nets), sorted(tuple(v.flatten(0, -4).shape) for v in views))) or False)
     trained(dataclasses.replace(recipe, epochs=1, bf16=True), dataset, tmp_path / "run")
