@@ -40,11 +40,16 @@ if __name__ == "__main__":
 """
 
 
+def hear_ctrl_c():
+    """What a shell starts in the background is told to ignore it, and so is what that starts: these tests, and the script."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(folder: Path, collate="pass", before="pass", call="command_line(main)", printed=("0\n", "1\n")):
     script = folder / "script.py"
     script.write_text(SCRIPT.format(root=str(ROOT), collate=collate, before=before, call=call))
     process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True)
+                               start_new_session=True, preexec_fn=hear_ctrl_c)
     for line in printed:                                         # both workers are at work
         assert process.stdout.readline() == line
     return process
