@@ -57,9 +57,9 @@ class InputError(ValueError):
 # what a machine cannot give, in the words of PyTorch or the system, and the way out
 LIMITS = {
     "shared memory|Bus error": "/dev/shm is full: docker run --shm-size 8g, or --workers 0",
-    "killed by signal|exited unexp": "a worker was killed, for want of memory? fewer --workers",
+    "killed by|exited un|^EOFE|^Connec": "a worker was killed, for want of memory? fewer --workers",
     "CUDA.*of memory|STATUS_ALLOC": "GPU memory is full: smaller --batch(-size), --ids, --accum 2",
-    "t allocate memory|to allocate|bad_alloc": "memory is full: smaller --batch, fewer --workers",
+    "allocate mem|to alloc|bad_alloc|^MemoryE": "memory is full: smaller --batch, fewer --workers",
     "Too many open files|ancillary data": "too few files may be open: ulimit -n 4096",
     "invalid device ordinal": "fewer GPUs here than processes: start as many as there are GPUs",
     "new thread|temporarily unavailable": "too few processes may run: ulimit -u, fewer --workers",
@@ -68,7 +68,7 @@ LIMITS = {
 
 def limit_of(error: Exception) -> str | None:
     """The way out, if an error says that the machine cannot give something."""
-    text = "not allocate memory" if isinstance(error, MemoryError) else str(error)
+    text = f"{type(error).__name__}: {error}"  # some say nothing beside their name
     return next((way for words, way in LIMITS.items() if re.search(words, text)), None)
 
 
@@ -80,9 +80,9 @@ def command_line(main) -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         main()
-    except (InputError, OSError, RuntimeError, MemoryError) as error:
+    except (InputError, OSError, RuntimeError, MemoryError, EOFError) as error:
         # of a worker's error, which comes with its traceback, the last line
-        way, detail = limit_of(error), str(error).strip().rpartition("\n")[2][:200]
+        way, detail = limit_of(error), (str(error).strip() or repr(error)).rpartition("\n")[2][:200]
         if not way and isinstance(error, RuntimeError):
             raise  # a fault of ours, whose traceback is wanted
         line = f"{way} ({detail}); a training goes on by the same command" if way else str(error)

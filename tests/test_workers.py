@@ -126,7 +126,7 @@ def test_a_worker_that_the_system_ends_is_one_line(tmp_path):
     status, _, err = ended(process)
     last = err.splitlines()[-1]
     assert status == 1 and last.startswith("error: a worker was killed, for want of memory? fewer --workers")
-    assert ("killed by signal" in last or "exited unexpectedly" in last) and "the same command" in last
+    assert "the same command" in last and any(word in last for word in ("killed by signal", "exited unexpectedly", "EOF", "peer"))
 
 
 def test_full_shared_memory_is_one_line(tmp_path):
@@ -168,6 +168,9 @@ LIMITS = [
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are "
                   "out of shared memory."), "--shm-size"),
     (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), "fewer --workers"),
+    (EOFError(), "a worker was killed"),                         # what reading from it may raise, and
+    (ConnectionResetError(104, "Connection reset by peer"), "a worker was killed"),
+    (RuntimeError("[pair.cc:547] Connection closed by peer [127.0.0.1]:4"), "another process of this run has ended"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.25 GiB"),
      "smaller --batch"),
     (RuntimeError("cuBLAS error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "GPU memory is full"),
