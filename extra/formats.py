@@ -84,9 +84,10 @@ def read(path: str | Path, error: Exception):
 
 
 def limit_reached(path: str | Path, error: Exception) -> bool:
-    """Is it the machine's fault? Not if a damaged file claims more bytes than it has."""
+    """Is it the machine's fault? Not if a file ends too early, or claims more bytes than it has."""
     asked = re.search(r"allocate (\d+) bytes", str(error))
-    return bool(limit_of(error)) and not (asked and int(asked[1]) > os.path.getsize(path))
+    damaged = isinstance(error, EOFError) or asked and int(asked[1]) > os.path.getsize(path)
+    return bool(limit_of(error)) and not damaged
 
 
 def recognise(path: str | Path, start: bytes) -> str | None:

@@ -244,8 +244,7 @@ def draw_correspondence(file: str | Path, dataset, model: nn.Module, recipe: dic
                         n: int = 12) -> None:
     """Pairs of images of one person, the second by another camera where there is one, with lines
     between patches that are each other's nearest. Pairs are spread evenly over all people."""
-    vit, size, pairs = vit_of(model), tuple(recipe["size"]), {}
-    gallery = {}
+    vit, size, pairs, gallery = vit_of(model), tuple(recipe["size"]), {}, {}
     for record in dataset.gallery:
         gallery.setdefault(record.pid, []).append(record)
     for one in dataset.query:
