@@ -2,7 +2,7 @@
 #   PYTHON=python make test        uses the environment you are in
 
 .DEFAULT_GOAL := help
-.PHONY: help demo study evidence test stress pretrain-upreid pretrain-personvit finetune evaluate bench readme clean test-trainings test-rest
+.PHONY: help demo study evidence test stress pretrain-upreid pretrain-personvit finetune evaluate bench readme clean test-first test-second
 
 DATASET   ?= synthetic
 DATA_ROOT ?= data
@@ -37,14 +37,14 @@ evidence: $(SETUP)  ## ... of ViT-S, on a GPU: DATASET=market1501; says how long
 	$(PYTHON) -m extra.study evidence --dataset "$(DATASET)" --data-root "$(DATA_ROOT)" $(FLAGS)
 
 test: $(SETUP)  ## all tests, on the CPU, in two processes at a time
-	@$(MAKE) --no-print-directory -j2 test-trainings test-rest
+	@$(MAKE) --no-print-directory -j2 test-first test-second
 
-TRAININGS = tests/test_train.py tests/test_learning.py
-test-trainings test-rest: $(SETUP)
-test-trainings:
-	$(PYTHON) -m pytest -q -p no:cacheprovider $(TRAININGS)
-test-rest:
-	$(PYTHON) -m pytest -q -p no:cacheprovider $(TRAININGS:%=--ignore=%) tests *.py --doctest-modules
+FIRST = tests/test_train.py tests/test_workers.py tests/test_formats.py tests/test_fuzz.py
+test-first test-second: $(SETUP)
+test-first:
+	$(PYTHON) -m pytest -q -p no:cacheprovider $(FIRST)
+test-second:
+	$(PYTHON) -m pytest -q -p no:cacheprovider $(FIRST:%=--ignore=%) tests *.py --doctest-modules
 
 stress: $(SETUP)  ## kill trainings at random moments, go on, compare: FLAGS="--kills 20"
 	$(PYTHON) -m extra.stress $(FLAGS)

@@ -33,6 +33,7 @@ import os
 import re
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,11 @@ def command_line(main) -> None:
         if hasattr(stream, "reconfigure"):   # not in a notebook
             stream.reconfigure(errors="backslashreplace")
     try:
-        main()
+        try:
+            main()
+        except (EOFError, ConnectionError):  # a worker is gone, and PyTorch's signal that says why
+            time.sleep(1)                    # may be on its way: here it interrupts no last line
+            raise
     except (InputError, OSError, RuntimeError, MemoryError, EOFError) as error:
         # of a worker's error, which comes with its traceback, the last line
         way, detail = limit_of(error), (str(error).strip() or repr(error)).rpartition("\n")[2][:200]
@@ -560,8 +565,8 @@ class PKSampler:
     used once: **every image is seen in every epoch**. An epoch has as many batches as the largest
     identity has groups, or as all groups fill, whichever is more; places left over go to identities
     drawn at random. Epochs have constant length, `len(sampler)` batches. Order is a function of
-    (seed, epoch); with several processes, `rank` takes its share of each batch's identities. Raises
-    InputError for fewer than P identities or a P that `world` does not divide.
+    `seed` and the attribute `epoch`; with several processes, `rank` takes its share of each batch's
+    identities. Raises InputError for fewer than P identities or a P that `world` does not divide.
 
     Differs from TransReID's sampler, which drops short groups and the last identities of an epoch.
     """
@@ -581,32 +586,26 @@ class PKSampler:
         groups = np.array([-(-len(m) // num_images) for m in self.members])
         self.length = int(max(groups.max(), -(-groups.sum() // num_ids)))
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
     def __len__(self) -> int:
         return self.length
 
     def __iter__(self):
         rng = np.random.default_rng([self.seed, self.epoch])
-        groups = []
-        for members in self.members:  # np.resize repeats from the start to fill the last group
-            shuffled = rng.permutation(members)
-            groups.append(list(np.resize(shuffled, (-(-len(shuffled) // self.K), self.K))))
-        left = np.array([len(g) for g in groups])
+        # np.resize repeats from the start to fill the last group
+        groups = [list(np.resize(rng.permutation(m), (-(-len(m) // self.K), self.K)))
+                  for m in self.members]
         share = self.P // self.world
         for i in range(self.length):
+            left = np.array([len(g) for g in groups])
             # P identities without replacement, in proportion to the groups they have left (the
             # Gumbel-max trick); one that needs every batch to come goes first, so none is left over
             score = np.log(np.maximum(left, 1e-9)) + rng.gumbel(size=len(left))
             score[left == self.length - i] = np.inf
             batch = []
             for pid in np.argsort(-score)[:self.P]:
-                if left[pid]:
-                    left[pid] -= 1
-                    batch.append(groups[pid].pop())
-                else:
-                    batch.append(np.resize(rng.permutation(self.members[pid]), self.K))
+                if not groups[pid]:
+                    groups[pid].append(np.resize(rng.permutation(self.members[pid]), self.K))
+                batch.append(groups[pid].pop())
             mine = np.concatenate(batch[self.rank * share:(self.rank + 1) * share])
             yield placed(self.epoch * self.length + i, self.rank * len(mine), mine)
 
@@ -614,9 +613,9 @@ class PKSampler:
 class ShuffleSampler:
     """Batches of shuffled images without identities; the last, incomplete one is dropped.
 
-    Order is a function of (seed, epoch). Of each step's `batch` images `rank` takes its part of
-    `world`, cut into `passes`, which are yielded one after another. Raises InputError when there
-    are fewer images than one batch.
+    Order is a function of `seed` and the attribute `epoch`. Of each step's `batch` images `rank`
+    takes its part of `world`, cut into `passes`, which are yielded one after another. Raises
+    InputError when there are fewer images than one batch.
     """
 
     def __init__(self, n: int, batch: int, seed: int = 0, rank: int = 0, world: int = 1,
@@ -627,9 +626,6 @@ class ShuffleSampler:
         self.n, self.batch, self.seed, self.rank, self.passes = n, batch, seed, rank, passes
         self.part = batch // (world * passes)
         self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
 
     def __len__(self) -> int:
         return self.n // self.batch
@@ -651,7 +647,7 @@ def placed(step: int, first: int, indices: np.ndarray) -> list[tuple[int, int, i
 def from_step(sampler: PKSampler | ShuffleSampler, first: int, last: int):
     """The batches of a sampler from step `first` on, until `last` steps, whole epochs, are done."""
     for epoch in range(first // len(sampler), last // len(sampler)):
-        sampler.set_epoch(epoch)
+        sampler.epoch = epoch
         yield from (batch for batch in sampler if batch[0][0] >= first)
 
 

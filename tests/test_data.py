@@ -491,7 +491,7 @@ def test_pk_batches(seed):
     count = collections.Counter(pids.tolist())
     epochs = []
     for epoch in range(3):
-        sampler.set_epoch(epoch)
+        sampler.epoch = epoch
         placed, batches = list(sampler), indices(sampler)
         assert len(batches) == len(sampler) and [b[0][0] for b in placed] == [epoch * len(sampler) + i for i in range(len(batches))]
         for batch in batches:
@@ -530,7 +530,7 @@ def test_shuffled_batches():
     sampler = ShuffleSampler(23, 5, seed=1)
     first = indices(sampler)
     assert len(first) == len(sampler) == 4 and len(set(sum(first, []))) == 20
-    sampler.set_epoch(1)
+    sampler.epoch = 1
     assert indices(sampler) != first
     whole = list(ShuffleSampler(23, 12, seed=1))
     halves = [list(ShuffleSampler(23, 12, seed=1, rank=r, world=2)) for r in range(2)]

@@ -1,5 +1,6 @@
 """CMC and mAP against the definition, the lies an evaluator can tell, re-ranking, the picture."""
 
+import gc
 import inspect
 import math
 import os
@@ -287,6 +288,8 @@ def test_unreadable_image_is_named(market):
             with pytest.raises(InputError) as caught:
                 evaluate.evaluate(MeanColour(), dataset, RECIPE, workers=workers)
             assert str(broken) in str(caught.value) and "\n" not in str(caught.value)
+            del caught
+            gc.collect()  # PyTorch raises a worker's error in a cycle, with which its workers would live on
 
 
 def test_not_finite_features_are_an_error(market):
