@@ -39,7 +39,7 @@ evidence: $(SETUP)  ## ... of ViT-S, on a GPU: DATASET=market1501; says how long
 test: $(SETUP)  ## all tests, on the CPU, in two processes at a time
 	@$(MAKE) --no-print-directory -j2 test-first test-second
 
-FIRST = tests/test_train.py tests/test_workers.py tests/test_formats.py tests/test_fuzz.py
+FIRST = tests/test_train.py tests/test_workers.py
 test-first test-second: $(SETUP)
 test-first:
 	$(PYTHON) -m pytest -q -p no:cacheprovider $(FIRST)

@@ -294,8 +294,8 @@ def everyones(mine) -> list:
 
 def bfloat16_is_right(nets: list[nn.Module], views) -> bool:
     """Do networks give the same features in both precisions, up to rounding, for views (..., 3, H,
-    W)? Some processors' kernels are wrong for some shapes (AMX, PyTorch 2.14). Takes no random
-    number and changes no running statistics."""
+    W)? Some processors' kernels are wrong where a stride of 2 leaves a map one pixel wide (AMX,
+    PyTorch 2.14). Takes no random number and changes no running statistics."""
     def error(net: nn.Module, x: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
             rough = net.eval()(x.flatten(0, -4)).detach().float()            # (n, D)

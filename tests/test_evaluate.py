@@ -289,7 +289,8 @@ def test_unreadable_image_is_named(market):
                 evaluate.evaluate(MeanColour(), dataset, RECIPE, workers=workers)
             assert str(broken) in str(caught.value) and "\n" not in str(caught.value)
             del caught
-            gc.collect()  # PyTorch raises a worker's error in a cycle, with which its workers would live on
+            evaluate.end_workers()  # PyTorch raises a worker's error in a cycle of references, and waits ten seconds
+            gc.collect()            # for its workers when that is collected
 
 
 def test_not_finite_features_are_an_error(market):

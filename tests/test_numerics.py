@@ -75,8 +75,9 @@ def test_personvit_at_the_edges(B, hidden, scale, bf16):
 def test_upreid_at_the_edges(B, scale, bf16):
     torch.manual_seed(0)
     model = UPReID(resnet_tiny(2), queue_size=7, groups=1).train()
-    views = {name: scale * torch.randn(B, 3, 64, 32) for name in ("first", "second", "original")}
-    views |= {name: scale * torch.randn(B, 4, 3, 16, 32) for name in ("stripes1", "stripes2")}
+    # no map one pixel wide: some processors' bfloat16 is wrong there, for which trainings probe
+    views = {name: scale * torch.randn(B, 3, 128, 64) for name in ("first", "second", "original")}
+    views |= {name: scale * torch.randn(B, 4, 3, 32, 64) for name in ("stripes1", "stripes2")}
     for _ in range(3):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             losses = model(views)
@@ -90,7 +91,7 @@ def test_upreid_at_the_edges(B, scale, bf16):
 def test_fine_tuning_at_the_edges(scale, bf16):
     torch.manual_seed(0)
     model = FineTuning(ReIDModel(resnet_tiny(), 3), Recipe()).train()
-    x, y = scale * torch.randn(6, 3, 32, 16), torch.arange(6) // 2
+    x, y = scale * torch.randn(6, 3, 64, 32), torch.arange(6) // 2
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         losses = model(x, y)
     losses["total"].backward()
