@@ -11,7 +11,8 @@ neither good nor bad; dropped when the set is read), **0 is a distractor** (a fa
 detector; kept: it can only hurt). camid is the camera's number minus one, never relabelled, because
 the protocol compares cameras between query and gallery.
 
-Of a step of training, worker processes do what is done per image, and all that is random:
+Of a step of training, worker processes do what is done per image, and draw all that is random but
+erasing's noise and stochastic depth (the device's):
 
     sampler     (step, place in the whole batch, image)        order: a function of (seed, epoch)
     workers     uint8 images, and the numbers of their views   a function of (seed, step, place)
@@ -101,7 +102,9 @@ def command_line(main) -> None:
 
 
 class Record(NamedTuple):
-    """One image. pid: identity, -1 when unlabelled. camid: camera, counted from 0."""
+    """One image. pid: identity, -1 when unlabelled (junk, -1 in a file's name, is never a Record).
+    camid: camera, counted from 0; -1 in unlabelled lists, the image's own number where cameras are
+    unknown."""
 
     path: str
     pid: int
@@ -499,7 +502,7 @@ class Images(torch.utils.data.Dataset):
     images (B, 3, H, W) and a dictionary:
     "numbers" (B, ...) as `views` takes them, "pids" (B,), "replaced": the indices of broken files,
     in whose place stands the next readable image of the same identity (or, failing that, of the
-    list); "others": what `draw(generator)` gives for each image, stacked along dimension 1.
+    list); "others": what `draw(generator)` gives for each image, (2, ...) -> (2, B, ...).
     """
 
     def __init__(self, records: Sequence[Record], views, seed: int = 0, draw=None):
@@ -578,7 +581,7 @@ class PKSampler:
         pids = np.asarray(pids)
         order = np.argsort(pids, kind="stable")
         self.members = np.split(order, np.flatnonzero(np.diff(pids[order])) + 1)  # indices per id
-        if len(self.members) < max(num_ids, 2) or min(num_ids, num_images) < 1:
+        if len(self.members) < max(num_ids, 2) or min(num_ids - 1, num_images) < 1:
             raise InputError(f"a batch needs {max(num_ids, 2)} identities and one image of each, "
                              f"the training set has {len(np.unique(pids))}; see --ids, --images")
         if num_ids % world:
@@ -912,11 +915,11 @@ class MultiCrop:
 
     "globals" (2, B, 3, *size) and "locals" (L, B, 3, size / 2). Each view: random resized crop
     (scales are shares of the image's area, aspects width / height), flip 0.5, colour jitter
-    (0.4, 0.4, 0.2, 0.1) with probability 0.8, greyscale 0.2, Gaussian blur of sigma U(0.1, 2) with
-    probability 1, 0.1, 0.5 (first global, second, local), solarisation 0.2 on the second global,
-    ImageNet statistics [iBOT, DINO]. Scales and aspects: see `PersonViTRecipe`. Ours: images come
-    resized to `size`, where iBOT crops the original file; a crop that fits nowhere is the whole
-    image.
+    (brightness 0.4, contrast 0.4, saturation 0.2, hue 0.1) with probability 0.8, greyscale 0.2,
+    Gaussian blur of sigma U(0.1, 2) with probability 1, 0.1, 0.5 (first global, second, local),
+    solarisation 0.2 on the second global, ImageNet statistics [iBOT, DINO]. Scales and aspects: see
+    `PersonViTRecipe`. Ours: images come resized to `size`, where iBOT crops the original file; a
+    crop that fits nowhere is the whole image.
     """
 
     mean, std = IMAGENET_MEAN, IMAGENET_STD

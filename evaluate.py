@@ -73,6 +73,7 @@ def build_backbone(arch: str, size: tuple[int, int] = (256, 128), drop_path: flo
 class ReIDModel(nn.Module):
     """Backbone, BNNeck, classifier: images (B, 3, H, W) -> in training scores (B, num_ids) and
     feature (B, D), in evaluation the feature before [PersonViT code] or after the neck [BoT].
+    (train.py's `FineTuning` calls base and head apart, as the neck sees all processes' rows.)
 
     The two losses disagree on what a feature is: the triplet loss wants distances, the classifier
     angles; with a batch norm between them each has a space of its own. State keys base.*,
@@ -209,7 +210,8 @@ def fill(model: nn.Module, state: dict[str, Tensor], path: str | Path, file: dic
 
 
 def load_model(path: str | Path) -> tuple[nn.Module, dict]:
-    """A model to evaluate, and how to use it: {"arch", "size", "mean", "std", "neck_feat"}.
+    """A model to evaluate, and how to use it: its recipe, {"arch", "size", "mean", "std",
+    "neck_feat", ...}.
 
     A fine-tuned model (ours, TransReID's, PersonViT's) comes with its BNNeck; a pre-trained
     backbone gives its plain feature. Raises InputError as `load_weights` does.
@@ -302,7 +304,7 @@ def bfloat16_is_right(nets: list[nn.Module], views) -> bool:
         exact = net(x.flatten(0, -4)).detach()
         return (rough - exact).norm() / exact.norm()
 
-    return all(error(net, x) < 0.3 for net in nets for x in views)           # NaN is not less
+    return all(error(net, x) < 0.3 for net in nets for x in views if len(x))  # NaN is not
 
 
 @torch.inference_mode()
@@ -445,7 +447,8 @@ def score(rows, query: np.ndarray, gallery: np.ndarray, max_rank: int, ap: str,
 
 def cmc_map(distmat, q_pids, g_pids, q_camids, g_camids, max_rank: int = 50, ap: str = "step",
             *, q_images=None, g_images=None) -> RankResult:
-    """CMC and mAP of a distance matrix (Q, G), smaller = more alike; ids and cameras (Q,) and (G,).
+    """CMC and mAP of a distance matrix (Q, G), smaller = more alike; ids and cameras (Q,) and (G,);
+    for your own code: the scripts go through `rank_features`, whose arguments have another order.
 
     ap="step": AP = mean of precision@rank over the right answers (PersonViT, TransReID, fast-reid,
     torchreid). ap="market": the trapezoid of Market-1501's MATLAB code, mean of the precision
@@ -566,7 +569,8 @@ def reranked_rows(q: Tensor, g: Tensor, k1: int, k2: int, lam: float, chunk: int
 
 
 def rerank(q: Tensor, g: Tensor, k1: int = 20, k2: int = 6, lam: float = 0.3) -> Tensor:
-    """Distances (Q, G) of unit features (Q, D), (G, D) after k-reciprocal re-ranking.
+    """Distances (Q, G) of unit features (Q, D), (G, D) after k-reciprocal re-ranking; for your own
+    code: the scripts go through `rank_features`.
 
     (1 - lam) Jaccard distance of the neighbourhoods + lam squared Euclidean distance over the
     row's largest. Exact, as in Zhong et al. 2017 and the code in use, but V is sparse. Queries are
@@ -604,11 +608,11 @@ def evaluate(model: nn.Module, dataset, recipe: dict, ap: str = "step", use_came
                          f"{len(dataset.gallery)} to search, both are needed; {dataset.note}")
     splits = []
     for records in (dataset.query, dataset.gallery):
-        feats, images = extract(model, records, tuple(recipe["size"]), recipe["mean"],
+        feats, numbers = extract(model, records, tuple(recipe["size"]), recipe["mean"],
                                 recipe["std"], **extract_args)
         # without cameras, an image is its own camera: "same camera" then excludes the image alone
-        camids = torch.tensor([r.camid for r in records]) if use_cameras else images
-        splits.append(Features(feats, images, torch.tensor([r.pid for r in records]), camids))
+        camids = torch.tensor([r.camid for r in records]) if use_cameras else numbers
+        splits.append(Features(feats, numbers, torch.tensor([r.pid for r in records]), camids))
     return rank_splits(*splits, ap), *splits
 
 

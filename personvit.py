@@ -7,7 +7,8 @@ teacher is a moving average of the student; nobody else teaches.
     x        person image, 2 global and L local crops   (B, 3, H, W)    H x W = 256 x 128
     tokens   [CLS] and N patches of a view              (B, 1 + N, D)   N = 16 x 8, a tall grid
     s, t     student's and teacher's scores             (B, K)          K prototypes
-    p      = softmax((t - c) / T_t): the teacher's answer; c a moving average of its scores [DINO]
+    p      = softmax((t - c) / T_t): the teacher's answer; c a moving average of its scores, one
+             for [CLS] and one for patches [DINO]
     CE     = -sum over K of p log softmax(s / T_s): the student's distance from that answer
     L_cls    CE of [CLS], across different views                                 [PersonViT Eq. 4]
     L_patch  CE of patches hidden from the student, in the same view             [PersonViT Eq. 7]
@@ -253,8 +254,9 @@ def block_mask(height: int, width: int, ratio: float, generator: torch.Generator
 
 
 def draw_masks(n: int, height: int, width: int, generator: torch.Generator) -> Tensor:
-    """Masks of n images, (n, height, width): half of the images are left whole, the others hide a
-    share drawn from U(0.1, 0.5) [iBOT]; the whole ones keep the network used to unmasked people."""
+    """Masks of n views, (n, height, width) in patches: half of the views are left whole, the others
+    hide a share drawn from U(0.1, 0.5) [iBOT; PersonViT Eq. 5]; the whole ones keep the network
+    used to unmasked people."""
     whole, share = torch.rand(2, n, generator=generator)
     ratios = torch.where(whole < 0.5, 0.0, 0.1 + 0.4 * share).tolist()
     return torch.stack([block_mask(height, width, ratio, generator) for ratio in ratios])
@@ -336,7 +338,8 @@ def soft_cross_entropy(teacher: Tensor, student: Tensor) -> Tensor:
 
 
 def cls_loss(teacher: Tensor, student: Tensor) -> Tensor:
-    """[CLS] self-distillation across views [PersonViT Eq. 4]: (G, B, K), (V, B, K) -> scalar.
+    """[CLS] self-distillation across views [PersonViT Eq. 4]: the teacher's probabilities
+    (G, B, K), the student's log-probabilities (V, B, K) -> scalar.
 
     The first G student views are the teacher's. Mean over images, and over all pairs of a teacher's
     view and another view of the student: equal views would be matched without understanding.
@@ -349,7 +352,8 @@ def cls_loss(teacher: Tensor, student: Tensor) -> Tensor:
 
 
 def patch_loss(teacher: Tensor, student: Tensor, weight: Tensor) -> Tensor:
-    """Masked-patch distillation [PersonViT Eq. 7]: (M, K), (M, K), (M,) -> scalar.
+    """Masked-patch distillation [PersonViT Eq. 7]: the teacher's probabilities (M, K), the
+    student's log-probabilities (M, K), weight (M,) -> scalar.
 
     The M rows are all hidden patches of the batch, of the same view in both networks. weight: see
     `hidden_patches`; each view counts alike, and one with nothing hidden counts 0 and not NaN.
@@ -420,9 +424,11 @@ class PersonViT(nn.Module):
 
     @torch.no_grad()
     def teach(self, views: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Teacher's scores of whole views: [CLS] (G, B, K), hidden patches (M, K); and the spread
+        """Teacher's scores of whole views: [CLS] (G, B, K), patches that are hidden from the
+        student (M, K) [PersonViT Eq. 6]; and the spread
         of its features, sqrt(1 - |mean|^2) of unit vectors: 0 = all in one point, 1 = their mean is
-        0, which even a few clusters can have. Adds the mean scores for `update_teacher`.
+        0, which even a few clusters can have. Adds the mean scores to new_center and
+        new_patch_center, for `update_teacher`.
 
         No gradient: were the teacher trained too, both could lower the loss by giving every image
         the same answer."""
@@ -490,8 +496,7 @@ class PersonViT(nn.Module):
         ema(self.teacher, self.student, momentum)
         for center, new in ((self.center, self.new_center),
                             (self.patch_center, self.new_patch_center)):
-            if self.forwards:
-                center.lerp_(new / self.forwards, 1 - self.center_momentum)
+            center.lerp_(new / self.forwards, 1 - self.center_momentum)
             new.zero_()
         self.forwards = 0
 
@@ -547,7 +552,7 @@ def cosine(t: float, start: float, end: float) -> float:
 
 def matrix_groups(model: nn.Module) -> list[dict]:
     """Two groups for AdamW: decay acts on tensors of two or more dimensions, so not on biases and
-    norms, yet on [CLS], positions and a trained gain of prototypes [iBOT]."""
+    norms, yet on [CLS], mask token, positions and a trained gain of prototypes [iBOT]."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return [{"params": [p for p in trained if p.ndim > 1], "decay": 1.0},
             {"params": [p for p in trained if p.ndim <= 1], "decay": 0.0}]
@@ -658,7 +663,8 @@ class PersonViTRecipe:
                  "patch_temp": temp})
 
     def draw(self, generator: torch.Generator) -> dict[str, Tensor]:
-        """What an image needs drawn beside its views: a mask (2, rows, columns) for its two."""
+        """What an image needs drawn beside its views: masks (2, rows, columns) of its two global
+        views."""
         rows, columns = (n // 16 for n in self.size)
         return {"masks": draw_masks(2, rows, columns, generator)} if self.masks else {}
 

@@ -11,8 +11,9 @@ ranks new people. Three steps equal the reference code's (tests/golden/finetune_
 A run lives in its folder under runs/: recipe.json, log.jsonl, checkpoint_<step>.pth, and at the end
 its weights. The same command goes on where the folder stopped. Under torchrun several processes
 share each batch, and the first alone writes. In a step the main process only launches: what is
-random was drawn by the workers (data.py), and it looks at what the device has computed when a line
-of the log or a checkpoint is due, and at no other time.
+random in views and masks was drawn by the workers (data.py; `make_loader`, in evaluate.py, starts
+them), and it looks at what the device has computed when a line of the log or a checkpoint is due,
+and at no other time.
 
 Read `pretrain`, then `fine_tune`, then `Run`.
 """
@@ -168,7 +169,8 @@ class FineTuning(nn.Module):
     """The losses of a `ReIDModel`: images (B, 3, H, W), identities (B,) -> scalars.
 
     Of several processes each computes the loss of all n = B x processes images, as the hardest pair
-    may lie in two of them. `reference`, `warning`: as of the objectives of pre-training.
+    may lie in two of them. `reference` and `warning` serve the log, as those of PersonViT and
+    UPReID do.
     """
 
     def __init__(self, model: ReIDModel, recipe: Recipe):
@@ -216,7 +218,8 @@ METHODS = {
 
 def pretrain(method: str, recipe: PersonViTRecipe | UPReIDRecipe, dataset, run: "Run",
              machine: "Machine", weights: str | None = None, monitor=None) -> nn.Module:
-    """Pre-train on dataset.train without labels, going on from the run's checkpoint; the objective.
+    """Pre-train on dataset.train without labels, going on from the run's checkpoint. Returns the
+    objective.
 
     weights: where both networks start, if not at random. monitor: a labelled dataset whose mAP by
     plain features is logged. Raises InputError for a recipe that does not fit together, too few
@@ -261,11 +264,11 @@ def pretrain(method: str, recipe: PersonViTRecipe | UPReIDRecipe, dataset, run: 
                     losses = model(views, **now)
                 (losses["total"] / machine.accumulate).backward()
                 meter.add(losses, 1 / machine.accumulate)
-            # clip or freeze, as the paper does; the optimiser's step; then the teacher follows
+            # clip or freeze, as the recipe says; the optimiser's step; then the teacher follows
             meter.add({"grad_norm": objective.finish_gradients(epoch)})
             optimizer.step()
             optimizer.zero_grad()
-            objective.update_teacher(**now)                       # no gradient ever reaches it
+            objective.update_teacher(**now)                       # no gradient reaches the teacher
             log_save_stop(run, meter, parts, objective, stop, step, len(sampler), last, rates | now)
         keep_and_watch(objective, recipe.epochs, views_of, recipe, monitor, run, machine)
         run.save("backbone.pth", exported(objective, recipe.epochs, views_of, recipe))
@@ -286,8 +289,9 @@ def keep_and_watch(objective: nn.Module, epoch: int, views, recipe, monitor, run
     content = exported(objective, epoch, views, recipe)
     if machine.keep_every and epoch and epoch % machine.keep_every == 0:
         run.save(f"backbone_e{epoch:04d}.pth", content)
-    # batch norms of other processes than the first have statistics of their own
-    if monitor and epoch % machine.monitor_every == 0 and not machine.rank:
+    # by the first process alone: the batch norms of others have running statistics of their own
+    due = epoch % machine.monitor_every == 0 or epoch == recipe.epochs
+    if monitor and due and not machine.rank:
         result, _, _ = evaluate(objective.backbone_for_export(), monitor, content,
                                 workers=machine.workers, device=machine.device)
         objective.train()  # what is exported may be what is trained
@@ -296,7 +300,8 @@ def keep_and_watch(objective: nn.Module, epoch: int, views, recipe, monitor, run
 
 def fine_tune(recipe: Recipe, dataset, run: "Run", weights: str | None,
               machine: "Machine") -> ReIDModel:
-    """Fine-tune on dataset.train, going on from the run's checkpoint; the model, ready to evaluate.
+    """Fine-tune on dataset.train, going on from the run's checkpoint. Returns the model, ready to
+    evaluate.
 
     Raises InputError for too few identities, weights that do not fit, too many broken images, and a
     loss that is not finite.
@@ -356,8 +361,7 @@ def fine_tune_and_evaluate(recipe: Recipe, dataset, out, overwrite: bool, weight
     if any(r.pid < 0 for r in dataset.train):
         raise InputError(f"{dataset.root} has images without identity; fine-tuning needs names "
                          f"like 0002_c1 or a folder for each person; else they serve --pretrain")
-    few = some_identities(dataset.train, recipe.labelled, recipe.seed)
-    dataset = replace(dataset, train=few)
+    dataset = replace(dataset, train=some_identities(dataset.train, recipe.labelled, recipe.seed))
     run = open_run(out, recipe, dataset, overwrite, machine, weights=weights)
     if (run.folder / "results.json").exists() and not overwrite:
         print(f"{run.folder} is finished; --overwrite starts over")
@@ -407,6 +411,7 @@ def compiled(module: nn.Module, make_views, machine: "Machine"):
 
 
 def networks(module: nn.Module) -> list[nn.Module]:
+    """Its backbones: both of a pre-training, the one of a fine-tuning."""
     return [m for m in module.modules() if hasattr(m, "forward_features")]
 
 
@@ -493,7 +498,7 @@ class Meter:
             start = time.perf_counter()
 
     def add(self, values: dict[str, Tensor], share: float = 1.0) -> None:
-        """Scalars of a step, "total" among them, or of a share of it."""
+        """Scalars of a step, or of a share of it; those with "total" count the steps."""
         vector = share * torch.stack([v.detach().float() for v in values.values()])
         self.sums[tuple(values)] = self.sums.get(tuple(values), 0) + vector
         self.steps += share * ("total" in values)
@@ -818,7 +823,7 @@ def parse_args(argv: list[str] | None = None):
     add("--accum", type=int, default=1, metavar="N", help="pre-training: passes of a step")
     add("--keep-every", type=int, default=0, metavar="EPOCHS", help="pre-training: keep backbones")
     add("--monitor", metavar="NAME", help="pre-training: labelled dataset to watch mAP on")
-    add("--monitor-every", type=int, default=10, metavar="EPOCHS", help="... this often")
+    add("--monitor-every", type=int, default=10, metavar="N", help="each N epochs and at the end")
     add_recipe_flags(parser.add_argument_group("recipe"), usual)
     args = parser.parse_args(argv)
     for flag, value in vars(args).items():

@@ -18,9 +18,9 @@ are this project's reading, tagged [ours]. They extend LUPerson's MoCo v2, which
     L_loc      find stripe m among the stripes of x                  intrinsic_contrast   [ours U3]
     L        = L_con + weight_global L_glob + weight_local L_loc                          [ours U4]
 
-f is exported. What differs from the ResNet of an ImageNet course: the last stage may keep its
-resolution (`last_stride=1`), and there is no classifier: identities are fine-tuning's business.
-Parameter names are torchvision's, so that public ResNet-50 files load.
+f's backbone is exported. What differs from the ResNet of an ImageNet course: the last stage may
+keep its resolution (`last_stride=1`), and there is no classifier: identities are fine-tuning's
+business. Parameter names are torchvision's, so that public ResNet-50 files load.
 
 Read `UPReID.forward`, then the three losses, then `ResNet.forward_features`.
 """
@@ -311,7 +311,7 @@ class UPReID(nn.Module):
         return keys[:, 0], keys[:, 1] if self.weight_global else None
 
     def encode_stripes(self, views: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """a and b: all stripes of all images, in one forward of each encoder."""
+        """a and b, (B, M, d) each: all stripes of all images, in one forward of each encoder."""
         # no shuffling: positive and negatives are of one image, their statistics tell nothing
         a = self.encode(self.online, "stripe_head", views["stripes1"])         # (B, M, d)
         with torch.no_grad():
@@ -342,7 +342,8 @@ class UPReID(nn.Module):
 
     @torch.no_grad()
     def update_teacher(self, momentum: float, **_) -> None:
-        """Once per optimiser step: parameters of g = m g + (1 - m) f; new keys enter the queue.
+        """Once per optimiser step: parameters of g, the momentum encoder (the "teacher" of
+        train.py's loop): g = m g + (1 - m) f; new keys enter the queue.
 
         Not in forward: the losses still need the old queue for their gradients. Statistics of batch
         norm are not copied: g has those of its own forwards.
@@ -372,7 +373,8 @@ def spread(x: Tensor) -> Tensor:
 
 
 def ema(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """Parameters of the teacher = m teacher + (1 - m) student, in one launch."""
+    """Parameters of the teacher = m teacher + (1 - m) student, in one launch. (In both method
+    files, as each stands alone.)"""
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
 
 
@@ -435,7 +437,7 @@ class UPReIDRecipe:
     weight_local: float = 1.0           # of the contrast among stripes, 0: without [ours U4]
     stripes: int = 4                    # M, horizontal stripes of an image [ours U3]
     hardest: int = 2                    # most similar other stripes that count [ours U3]
-    groups: int = 8                     # parts of a batch with own batch norm [LUP: its GPUs]
+    groups: int = 8                     # parts of the whole batch, own batch norm each [LUP: GPUs]
     last_stride: Literal[1, 2] = 2      # stride of the last ResNet stage [LUP]
     seed: int = 0                       # of everything random
     bf16: bool = False                  # bfloat16 in the networks; on by default on a GPU
@@ -465,9 +467,9 @@ class UPReIDRecipe:
         if self.groups < 1 or self.groups % parts:
             raise ValueError(f"--groups {self.groups} must be a multiple of {parts}, processes x "
                              f"--accum passes")
-        if self.groups == parts:
-            print(f"WARNING: with --groups {parts} in as many processes and passes queries and "
-                  f"keys share batch statistics: the network may recognise the batch, not people")
+        if world_size() * self.groups == parts:  # one group in all processes
+            print(f"WARNING: with --groups {self.groups} in as many passes queries and keys share "
+                  f"batch statistics: the network may recognise the batch, not people")
         if self.batch % self.groups or self.batch < 2 * self.groups:
             raise ValueError(f"--batch {self.batch} cannot be cut into --groups {self.groups} of "
                              f"at least 2 images")

@@ -520,6 +520,8 @@ def test_pk_sampler_refuses():
         PKSampler([0, 0, 1, 2], 16, 4)
     with pytest.raises(InputError, match="needs 2 identities .*, the training set has 1"):
         PKSampler([4, 4, 4], 1, 4)
+    with pytest.raises(InputError, match="a batch needs 2 identities"):
+        PKSampler([4, 4, 5], 1, 4)                               # no other person in a batch, no triplet
     with pytest.raises(InputError, match="the training set has 0"):
         PKSampler([], 2, 4)
     with pytest.raises(InputError, match="--ids 8 cannot be shared evenly by 3"):

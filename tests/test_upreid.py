@@ -392,6 +392,15 @@ def test_without_stripes_nothing_is_asked_of_them():
     UPReIDRecipe(arch="resnet_tiny", size=(33, 17), batch=4, groups=1, weight_local=0, stripes=2, hardest=3).build()
 
 
+@pytest.mark.parametrize("world, passes, groups, leaks", [(1, 1, 1, True), (1, 1, 2, False), (1, 4, 4, True), (8, 1, 8, False),
+                                                          (2, 2, 4, False)])
+def test_batch_statistics_that_leak_are_warned_of(monkeypatch, capsys, world, passes, groups, leaks):
+    """Keys are grouped otherwise than queries unless all processes together have one group."""
+    monkeypatch.setattr(upreid, "world_size", lambda: world)
+    dataclasses.replace(UPReIDRecipe.preset("synthetic"), groups=groups, queue=10).build(world * passes)
+    assert ("share batch statistics" in capsys.readouterr().out) == leaks
+
+
 def test_presets():
     assert UPReIDRecipe.preset("luperson") == UPReIDRecipe()     # LUPerson's own values
     assert UPReIDRecipe.preset("market1501").queue == 4096 and UPReIDRecipe.preset("synthetic").arch == "resnet_tiny"
