@@ -59,7 +59,7 @@ class InputError(ValueError):
 # what a machine cannot give, in the words of PyTorch or the system, and the way out
 LIMITS = {
     "shared memory|Bus error": "/dev/shm is full: docker run --shm-size 8g, or --workers 0",
-    "killed by|exited un|^EOFE|^Connec": "a worker was killed, for want of memory? fewer --workers",
+    "killed|exited|abrupt|^EOFE|^Conn": "a worker was killed, for want of memory? fewer --workers",
     "CUDA.*of memory|STATUS_ALLOC": "GPU memory is full: smaller --batch(-size), --ids, --accum 2",
     "allocate mem|to alloc|bad_alloc|^MemoryE": "memory is full: smaller --batch, fewer --workers",
     "Too many open files|ancillary data": "too few files may be open: ulimit -n 4096",
@@ -160,6 +160,7 @@ LAYOUTS = {
                 ((410, 9_840), (856, 5_136), (856, 30_816))),
     "synthetic": (("synthetic",), ())}
 NAMES = sorted([*LAYOUTS, "cuhk03-np", "folder", "luperson"])
+LUPERSON = re.compile("lup(erson.*)?")  # names of its folder, in small letters
 
 
 def closest(name: str, names: Sequence[str]) -> str:
@@ -178,7 +179,7 @@ def load_dataset(name: str, root: str | Path = "data", train_only: bool = False)
     root = Path(root)
     if name and name not in NAMES and Path(name).exists():
         root = Path(name)
-        small = root.is_dir() and not root.name.lower().startswith("lup")  # LUPerson's millions
+        small = root.is_dir() and not LUPERSON.fullmatch(root.name.lower())  # millions
         name = "folder" if small else "luperson"
     name = {"cuhk03-np": "cuhk03-np-labeled"}.get(name, name)
     if name not in NAMES:
@@ -245,16 +246,18 @@ def list_images(folder: Path) -> list[str]:
 
 # 0002_c1s1_000451_03.jpg; 0002C1T0001F001.jpg as MARS has it; 0000_045_12_0303morning_0006_2.jpg as
 # MSMT17; -1 or 00-1 is junk
-NAMED = re.compile(r"(-1|\d+)_c(\d+)|(00-1|\d{4})c(\d)t\d+f\d+|(\d+)_\d{3}_(\d\d)_\d{4}[a-z]",
-                   re.IGNORECASE)
+NAMED = re.compile(r"(-1|\d+)_c(\d{1,9})(?!\d)|(00-1|\d{4})c(\d)t\d+f\d+|"
+                   r"(\d+)_\d{3}_(\d\d)_\d{4}[a-z]", re.IGNORECASE)
+NO_PERSON = re.compile(r"cam(era)?[ _-]?\d+|train|test|val|query|gallery", re.IGNORECASE)
 
 
 def read_labels(paths: Sequence[str], root: Path) -> tuple[list, bool]:
     """(identity, camera) of each image, and whether cameras are known.
 
     A name that says both wins; else, where there are several folders, the nearest one is the
-    identity, and each image its own camera; one folder without such names has no identities (None,
-    None). Raises InputError where names or folders contradict one another.
+    identity, and each image its own camera; one folder without such names, or folders of cameras
+    and splits, have no identities (None, None). Raises InputError where names or folders contradict
+    one another.
     """
     matches = [NAMED.match(os.path.basename(p)) for p in paths]
     labels = [[int(g.replace("00-1", "-1")) for g in m.groups() if g] for m in matches if m]
@@ -270,7 +273,7 @@ def read_labels(paths: Sequence[str], root: Path) -> tuple[list, bool]:
                 raise InputError(f"{path}: the name says identity {label[0]}, the folder {folder}; "
                                  f"rename the one or the other")
         return labels, True
-    several = len(set(folders)) > 1
+    several = len(set(folders)) > 1 and not all(map(NO_PERSON.fullmatch, folders))
     if several and "" in folders:
         raise InputError(f"{paths[folders.index('')]}: lies beside folders that are identities; "
                          f"put each image into the folder of its person")
@@ -394,7 +397,7 @@ class PathList(Sequence):
     def __init__(self, file: Path, root: Path):
         self.root = root
         content = file.read_bytes().removeprefix(b"\xef\xbb\xbf")           # Windows' mark
-        self.names = np.array([line for line in content.splitlines() if line], dtype=bytes)
+        self.names = np.array([line for line in map(bytes.rstrip, content.splitlines()) if line])
         if not len(self.names) or b"\0" in content:
             raise InputError(f"{file}: empty, or not a text file of paths, one per line, in UTF-8")
         suspects = np.char.startswith(self.names, b"/") | (np.char.find(self.names, b"..") >= 0)
@@ -421,14 +424,14 @@ def load_unlabelled(root: Path) -> Dataset:
     the folder has changed. LMDB files are not read: decode them to JPEG files first.
     """
     places = [root / n for n in ("luperson.txt", "luperson", "LUPerson", "LUP")]
-    if root.is_file() or root.name.lower().startswith("lup"):
+    if root.is_file() or LUPERSON.fullmatch(root.name.lower()):
         places = [root]  # the set itself, not the folder it lies in
     source = next((p for p in places if p.exists()), None)
     if source is None:
         raise InputError(f"luperson not found: no {root}/luperson/ (any tree of crops), nor "
                          f"{root}/luperson.txt (a path per line); docs/data-and-weights.md says "
                          f"whom to ask for it")
-    if source.is_file() and source.suffix != ".txt":
+    if source.is_file() and source.suffix.lower() != ".txt":
         raise InputError(f"{source}: neither a folder of crops nor a .txt list of paths")
     if source.is_file():
         return Dataset("luperson", source, PathList(source, source.parent), [], [])
@@ -476,7 +479,7 @@ def read_image(path: str, size: tuple[int, int], interpolation: Image.Resampling
             ImageOps.exif_transpose(image, in_place=True)  # phones store photos on their side
             image = image.convert("RGB").resize(size[::-1], interpolation)  # Pillow: (W, H)
     except Exception as error:  # broken bytes make decoders raise anything at all
-        reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+        reason = getattr(error, "strerror", None) or str(error) or repr(error)
         if isinstance(error, UnidentifiedImageError):
             reason = f"{len(content)} bytes that are no image"
         raise InputError(f"{path}: cannot be read as an image ({reason})") from None
@@ -1028,7 +1031,7 @@ class ContrastViews:
 # Command line
 # ---------------------------------------------------------------------------------------------
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Count a dataset, or draw synthetic people.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
@@ -1036,11 +1039,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--synthetic", metavar="DIR", help="draw the synthetic people into a folder")
     parser.add_argument("--data-root", default="data", help="folder that holds the datasets")
     parser.add_argument("--train-only", action="store_true", help="MSMT17 without its val list")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    args = parser.parse_args(argv)
     if args.synthetic:
         print(f"wrote {make_synthetic(args.synthetic)}")
     else:

@@ -46,8 +46,8 @@ from torch import Tensor, nn
 
 from data import (IMAGENET_MEAN, IMAGENET_STD, NAMES, ContrastViews, FineTuneTransform, Images,
                   InputError, MultiCrop, PKSampler, ShuffleSampler, command_line, cores,
-                  erasing_noise, from_step, load_dataset, some_identities, step_generator,
-                  write_atomic)
+                  erasing_noise, from_step, limit_of, load_dataset, some_identities,
+                  step_generator, write_atomic)
 from evaluate import (ARCHS, ReIDModel, bfloat16_is_right, build_backbone, device_name, evaluate,
                       everyones, load_weights, make_loader, read_checkpoint, similarity_ranges)
 from personvit import PersonViTRecipe, cosine
@@ -566,10 +566,7 @@ class Run:
         present = [path.name for path in self.files()]
         if not present or self.overwrite:
             return
-        if "recipe.json" not in present:
-            raise InputError(f"{self.folder} holds {', '.join(present)} of something else; take "
-                             f"another folder by --out, or --overwrite to delete them")
-        changed = ["its recipe.json is damaged"]
+        changed = [f"recipe.json absent or damaged beside {', '.join(present)}"]
         with contextlib.suppress(ValueError, AttributeError, TypeError, OSError, RecursionError):
             old = json.loads((self.folder / "recipe.json").read_text())
             changed = [f"{k}: {old.get(k)} there, {self.recipe.get(k)} now"
@@ -640,10 +637,13 @@ class Run:
                 print(f"going on at step {step:,} from {path}", flush=True)
                 break
             except Exception as error:  # damaged bytes make readers raise anything at all
+                if isinstance(error, (PermissionError, MemoryError)) or limit_of(error):
+                    raise  # no fault of the file's
                 print(f"WARNING: {path} is damaged ({str(error)[:150]})", flush=True)
-        if found and not step:
-            raise InputError(f"{self.folder}: no checkpoint is whole; delete them to start from "
-                             f"the first step")
+        made = [*found, *self.folder.glob("backbone.pth"), *self.folder.glob("model.pth")]
+        if made and not step:
+            raise InputError(f"{made[0]}: no checkpoint is whole from which the run could go on; "
+                             f"--overwrite starts from the first step")
         if len(set(everyones(step))) > 1:
             raise InputError(f"{self.folder}: processes see other checkpoints; several machines "
                              f"need a folder that they share")
@@ -726,11 +726,9 @@ def join_processes(machine: Machine) -> Machine:
     several processes only the first prints."""
     if "WORLD_SIZE" not in os.environ:
         return machine
-    try:
-        rank, world, local = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    except (KeyError, ValueError) as error:
-        raise InputError(f"WORLD_SIZE is set, but not all of torchrun's variables ({error}); start "
-                         f"with torchrun, or unset WORLD_SIZE") from None
+    if missing := {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
+        raise InputError(f"WORLD_SIZE is set, but not {min(missing)}: use torchrun, or unset it")
+    rank, world, local = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     device, backend = machine.device, "gloo"
     if device == "cuda":
         device, backend = f"cuda:{local}", "cpu:gloo,cuda:nccl"
@@ -755,8 +753,8 @@ def wait_for_all() -> None:
 
 def pair(text: str) -> tuple:
     """Two numbers, written 256x128 or 0.4x1."""
-    first, second = (float(n) if "." in n else int(n) for n in text.split("x"))
-    return first, second
+    first, second = map(float, text.split("x"))
+    return (int(first), int(second)) if first % 1 == second % 1 == 0 else (first, second)
 
 
 PARSERS = {tuple[int, int]: pair, tuple[float, float]: pair,
@@ -832,6 +830,8 @@ def parse_args(argv: list[str] | None = None):
             if value == "" or isinstance(number, (int, float)) and not least <= number <= most:
                 parser.error(f"--{flag.replace('_', '-')} {value}: must be "
                              f"{'more than' if least else 'at least'} 0, at most {most:g}")
+    if not all(n % 1 == 0 and 8 <= n <= 4096 for n in args.size):
+        parser.error(f"--size {args.size}: two whole numbers from 8 to 4096, as 256x128")
     if (args.accum > 1 or args.monitor or args.keep_every) and not args.pretrain:
         parser.error("--accum, --monitor and --keep-every are for --pretrain")
     return args, kind(**{field.name: getattr(args, field.name) for field in fields(kind)})

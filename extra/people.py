@@ -12,9 +12,10 @@ anything else. Read `make_synthetic`, then `render`, then as deep as you like.
 
 import functools
 import itertools
-import multiprocessing
 import shutil
+import signal
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -351,7 +352,7 @@ def make_synthetic(root, train_ids=100, test_ids=100, seed=0, cameras=6, size=(1
                    workers=None):
     """Draw a Market-1501 style set of `size` (height, width) JPEGs under `root`, return its Path.
 
-    `workers` processes (None: one per core, 0: only this one) share the work and change no byte.
+    `workers` processes (None: one per core) share the work and change no byte.
     Raises ValueError for impossible counts and FileExistsError when `root` already holds files.
     """
     root = Path(root).resolve()
@@ -365,11 +366,10 @@ def make_synthetic(root, train_ids=100, test_ids=100, seed=0, cameras=6, size=(1
         for part in ("bounding_box_train", "query", "bounding_box_test"):
             (partial / part).mkdir()
         jobs = list(plan(partial, train_ids, test_ids, seed, cameras, size))
-        if workers == 0:
-            list(map(render, jobs))
-        else:
-            with multiprocessing.Pool(workers) as pool:
-                pool.map(render, jobs, chunksize=16)
+        # not multiprocessing's Pool, which waits for ever for a worker that was killed
+        with ProcessPoolExecutor(workers, initializer=signal.signal,
+                                 initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
+            list(pool.map(render, jobs, chunksize=16))
         partial.chmod(0o755)  # mkdtemp's folders are private
         try:
             if root.exists():

@@ -196,11 +196,11 @@ def test_two_processes_may_draw_the_synthetic_people_at_once(tmp_path, monkeypat
 
     monkeypatch.setattr("extra.people.render", lambda job: None)
     monkeypatch.setattr("extra.people.plan", slower)
-    assert make_synthetic(root, 1, 1, workers=0) == root and [p.name for p in tmp_path.iterdir()] == ["synthetic"]
+    assert make_synthetic(root, 1, 1, workers=1) == root and [p.name for p in tmp_path.iterdir()] == ["synthetic"]
     monkeypatch.setattr("extra.people.plan", lambda *_: (root / "notes.txt").write_text("mine") and ())
     real(root), root.mkdir()
     with pytest.raises(OSError):                             # ... but with something else
-        make_synthetic(root, 1, 1, workers=0)
+        make_synthetic(root, 1, 1, workers=1)
 
 
 def test_files_that_systems_leave_behind_change_nothing(tmp_path):
@@ -220,6 +220,32 @@ def test_fingerprint_is_of_all_images_wherever_they_lie(tmp_path):
     assert first.fingerprint() == same.fingerprint()
     next((same.root / "bounding_box_test").glob("0001*")).unlink()           # a gallery that is not whole
     assert load_dataset("market1501", same.root).fingerprint() != first.fingerprint()
+
+
+@pytest.mark.parametrize("tree", [("person_0/cam1", "person_1/cam1", "person_1/Camera_2"), ("cam1", "cam2"), ("Train", "Query", "Gallery"),
+                                  ("val", "test")])
+def test_cameras_and_splits_are_no_people(tmp_path, capsys, tree):
+    """The folder nearest to an image is its person; where that cannot be meant, the images serve --pretrain alone."""
+    for folder in tree:
+        write_image(tmp_path / "set" / folder / "1.jpg")
+    dataset = load_dataset(str(tmp_path / "set"))
+    assert {r.pid for r in dataset.train} == {-1} and not dataset.query and "no identities" in capsys.readouterr().out
+
+
+def test_cameras_are_numbers_of_a_sane_length(tmp_path):
+    write_image(tmp_path / "set" / "0001_c10000000000000000000000001_0.jpg")
+    write_image(tmp_path / "set" / "0001_c1_0.jpg")
+    with pytest.raises(InputError, match="1 of 2 names do not start like 0002_c1"):
+        load_dataset(str(tmp_path / "set"))
+
+
+def test_only_luperson_s_own_names_stand_for_it(tmp_path):
+    for person in ("a", "b"):
+        write_image(tmp_path / "lupine" / person / "1.jpg")
+    assert len({r.pid for r in load_dataset(str(tmp_path / "lupine")).train}) == 2
+    (tmp_path / "LIST.TXT").write_bytes(b"lupine/a/1.jpg  \r\n  \nlupine/b/1.jpg\t\n")       # blanks at the ends of lines
+    paths = load_dataset(str(tmp_path / "LIST.TXT")).train
+    assert len(paths) == 2 and all(os.path.exists(record.path) for record in paths)
 
 
 def test_luperson_tree_and_list(tmp_path, capsys):
@@ -352,7 +378,7 @@ def test_links_and_folders_that_cannot_be_listed(tmp_path, monkeypatch):
 def test_synthetic_people_are_a_function_of_the_seed(tmp_path):
     """Byte-equal whatever the number of processes; a real Market tree; never into a used folder."""
     sets = [make_synthetic(tmp_path / name, train_ids=3, test_ids=3, seed=seed, workers=workers)
-            for name, seed, workers in (("a", 0, 0), ("b", 0, 2), ("c", 1, 0))]
+            for name, seed, workers in (("a", 0, 1), ("b", 0, 2), ("c", 1, 1))]
     contents = [{p.relative_to(root): p.read_bytes() for p in sorted(root.rglob("*.jpg"))} for root in sets]
     assert contents[0] == contents[1] and contents[0] != contents[2]
     dataset = load_dataset("folder", tmp_path / "a")
@@ -363,7 +389,7 @@ def test_synthetic_people_are_a_function_of_the_seed(tmp_path):
     with pytest.raises(FileExistsError, match="already holds files"):
         make_synthetic(tmp_path / "a")
     (tmp_path / "d.partial").mkdir()
-    make_synthetic(tmp_path / "d", train_ids=1, test_ids=1, workers=0)
+    make_synthetic(tmp_path / "d", train_ids=1, test_ids=1, workers=1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c", "d", "d.partial"]
 
 
