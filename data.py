@@ -88,7 +88,8 @@ def command_line(main) -> None:
             raise
     except (InputError, OSError, RuntimeError, MemoryError, EOFError) as error:
         # of a worker's error, which comes with its traceback, the last line
-        way, detail = limit_of(error), (str(error).strip() or repr(error)).rpartition("\n")[2][:200]
+        way = limit_of(error) if not isinstance(error, InputError) else None
+        detail = (str(error).strip() or repr(error)).rpartition("\n")[2][:200]
         if not way and isinstance(error, RuntimeError):
             raise  # a fault of ours, whose traceback is wanted
         line = f"{way} ({detail}); a training goes on by the same command" if way else str(error)
@@ -479,6 +480,8 @@ def read_image(path: str, size: tuple[int, int], interpolation: Image.Resampling
             ImageOps.exif_transpose(image, in_place=True)  # phones store photos on their side
             image = image.convert("RGB").resize(size[::-1], interpolation)  # Pillow: (W, H)
     except Exception as error:  # broken bytes make decoders raise anything at all
+        if isinstance(error, OSError) and limit_of(error):
+            raise  # no fault of the image's
         reason = getattr(error, "strerror", None) or str(error) or repr(error)
         if isinstance(error, UnidentifiedImageError):
             reason = f"{len(content)} bytes that are no image"

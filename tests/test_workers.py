@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, write_image
+from PIL import Image
 
 import evaluate
-from data import Record, command_line
+from data import InputError, Record, command_line, read_image
 from evaluate import make_loader
 
 SCRIPT = """
@@ -196,6 +197,33 @@ def test_limits_of_the_machine_are_one_line_with_a_way_out(error, way_out):
         command_line(fail)
     assert way_out in str(caught.value) and str(caught.value).startswith("error: ") and "\n" not in str(caught.value)
     assert "Traceback" not in str(caught.value) and len(str(caught.value)) < 450
+
+
+def test_a_file_s_name_is_no_limit_of_the_machine(tmp_path, monkeypatch):
+    """... and too many open files are no fault of the image that was to be opened."""
+    with pytest.raises(SystemExit, match="^error: /data/shared memory/new thread.jpg: cannot be read"):
+        command_line(lambda: raise_(InputError("/data/shared memory/new thread.jpg: cannot be read")))
+    path = write_image(tmp_path / "a.jpg")
+    monkeypatch.setattr(Path, "read_bytes", lambda _: raise_(OSError(24, "Too many open files")))
+    with pytest.raises(SystemExit, match="^error: too few files may be open: ulimit -n"):
+        command_line(lambda: read_image(str(path), (8, 8), Image.Resampling.NEAREST))
+
+
+def raise_(error):
+    raise error
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds worker processes where Linux lists them")
+def test_a_killed_worker_ends_the_drawing_of_people(tmp_path):
+    process = subprocess.Popen([sys.executable, ROOT / "data.py", "--synthetic", tmp_path / "people"], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, start_new_session=True)
+    children, last = Path(f"/proc/{process.pid}/task/{process.pid}/children"), time.monotonic() + 60
+    while not list(tmp_path.glob("people.*/*/*.jpg")) and time.monotonic() < last:
+        time.sleep(0.05)
+    os.kill(int(children.read_text().split()[0]), signal.SIGKILL)
+    status, _, err = ended(process)
+    assert status == 1 and err.startswith("error: a worker was killed") and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())                          # no half-drawn set
 
 
 def test_a_fault_of_ours_keeps_its_traceback():
