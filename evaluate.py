@@ -29,6 +29,7 @@ import json
 import multiprocessing.util
 import os
 import signal
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,6 +137,8 @@ def read_weights(path: str | Path) -> dict:
         from extra import formats
         content = formats.convert(str(path), content)
     try:
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # PyTorch checks no sums
+            raise ValueError("a checksum does not match")
         file = arrange(content)
         bad = [k for k, v in (file["base"] | file["neck"]).items() if not usable(k, v)]
     except Exception as error:  # strange tensors make anything at all fail
@@ -158,9 +161,10 @@ def arrange(content: dict) -> dict:
     size, mean, std = (np.array(recipe[key], float) for key in ("size", "mean", "std"))
     if not (size.shape == (2,) and ((8 <= size) & (size <= 4096) & (size % 1 == 0)).all() and
             mean.shape == std.shape == (3,) and ((1e-6 <= std) & (abs(mean) + std < 1e3)).all() and
-            recipe["last_stride"] in (1, 2) and
+            recipe["last_stride"] in (1, 2) and isinstance(recipe["arch"], str) and
             recipe["neck_feat"] in (("before", "after") if neck else ("none",))):
-        raise ValueError("its size, mean, std, last_stride or neck_feat")
+        raise ValueError("its arch, size, mean, std, last_stride or neck_feat")
+    recipe |= {"size": tuple(map(int, size)), "mean": mean.tolist(), "std": std.tolist()}
     if "pos_embed" in base:
         patch, shape = base["patch_embed.proj.weight"].shape[-1], tuple(base["pos_embed"].shape)
         grid = tuple((n - patch) // (recipe["stride"] or patch) + 1 for n in recipe["size"])
@@ -200,10 +204,9 @@ def fill(model: nn.Module, state: dict[str, Tensor], path: str | Path, file: dic
     differ = [f"{k} is {there.get(k, 'absent')} there and {here.get(k, 'absent')} here"
               for k in here | there if here.get(k) != there.get(k)]
     if differ:
-        raise InputError(f"{path}: weights of another architecture, {file['recipe']['arch']}: "
-                         f"{len(differ)} of {len(here)} tensors differ, first {differ[0]}. "
-                         f"Choose --arch to match; nothing was loaded")
-    model.load_state_dict(state, strict=False)
+        raise InputError(f"{path}: another --arch, {file['recipe']['arch']}; nothing was loaded: "
+                         f"{len(differ)} of {len(here)} tensors differ, first {differ[0]}")
+    model.load_state_dict({k: state[k] for k in here}, strict=False)
     dropped = [*(k for k in file["neck"] if k not in state), *file["dropped"]]
     return (f"{path}: {file['kind']}; all {len(here)} weights loaded, dropped: {len(dropped)}"
             f"{' (' + ', '.join(dropped[:3]) + ')' if dropped else ''}")
@@ -806,14 +809,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    from extra import formats, pictures
     if args.inspect:
-        from extra import formats
-        print(formats.describe(args.inspect, read_weights(args.inspect)))
-        return
+        return print(formats.describe(args.inspect, read_weights(args.inspect)))
     if args.curves:
-        from extra import pictures
-        pictures.draw_curves(args.curves, args.runs)
-        return
+        return pictures.draw_curves(args.curves, args.runs)
     model, recipe = load_model(args.weights)
     feature = {"none": "of the backbone, L2-normalised (WARNING: not fine-tuned for ReID)"}.get(
         recipe["neck_feat"], f"{recipe['neck_feat']} the neck, L2-normalised")

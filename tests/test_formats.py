@@ -508,13 +508,35 @@ def test_wrong_weights_are_refused_and_change_nothing(tmp_path):
     before = {k: v.clone() for k, v in net.state_dict().items()}
     small = build_backbone("vit_tiny", (128, 64)).state_dict()
     del small["blocks.3.attn.qkv.weight"]
-    for content, words in [(upreid.resnet_tiny().state_dict(), "another architecture, resnet_tiny: "),
-                           (build_backbone("vit_small", (128, 64)).state_dict(), "vit_small: 150 of 150 tensors differ.*.1, 1, 384. there and .1, 1, 192. here"),
+    for content, words in [(upreid.resnet_tiny().state_dict(), "another --arch, resnet_tiny; nothing was loaded: "),
+                           (build_backbone("vit_small", (128, 64)).state_dict(), "vit_small; nothing was loaded: 150 of 150 tensors differ.*.1, 1, 384. there and .1, 1, 192. here"),
                            (small, "1 of 150 tensors differ, first blocks.3.attn.qkv.weight is absent there"),
                            ({"epoch": 3}, "holds no weights of a backbone"), ([1, 2], "holds a list")]:
         with pytest.raises(InputError, match=words):
             load_weights(save(tmp_path, content), net)
         assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+@pytest.mark.parametrize("change", [{"arch": ["vit_tiny"]}, {"arch": None}, {"size": ["a", "b"]}, {"mean": ["x"] * 3}])
+def test_a_recipe_that_makes_no_sense_is_named(tmp_path, change):
+    recipe = {"arch": "vit_tiny", "size": (128, 64), "mean": [0.5] * 3, "std": [0.5] * 3}
+    weights = build_backbone("vit_tiny", (128, 64)).state_dict()
+    with pytest.raises(InputError, match="damaged, its tensors or its recipe make no sense"):
+        read_weights(save(tmp_path, {"format": "reid-backbone", "recipe": recipe | change, "backbone": weights}))
+    as_text = {"size": [128.0, "64"], "mean": ["0.5"] * 3}       # numbers all the same
+    file = read_weights(save(tmp_path, {"format": "reid-backbone", "recipe": recipe | as_text, "backbone": weights}))
+    assert file["recipe"]["size"] == (128, 64) and file["recipe"]["mean"] == [0.5] * 3
+
+
+def test_a_flipped_bit_of_a_weight_is_noticed(tmp_path):
+    """... where PyTorch, which checks no checksum, reads another number."""
+    path = save(tmp_path, build_backbone("vit_tiny", (128, 64)).state_dict())
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    torch.load(path, weights_only=True)
+    with pytest.raises(InputError, match="damaged, .*a checksum does not match.*; nothing was loaded"):
+        read_weights(path)
 
 
 class Hostile:
