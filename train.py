@@ -368,8 +368,8 @@ def fine_tune_and_evaluate(recipe: Recipe, dataset, out, overwrite: bool, weight
         return json.loads((run.folder / "results.json").read_text())
     model = fine_tune(recipe, dataset, run, weights, machine)
     print(f"saved {run.folder}/model.pth; training took {run.seconds / 60:.1f} minutes")
-    if not dataset.query:
-        print(f"{dataset.name} has no queries to evaluate it with")
+    if not (dataset.query and dataset.gallery):
+        print(f"{dataset.name} has no queries, or no gallery, to evaluate it with")
         return None
     result, q, g = evaluate(model, dataset, stored(recipe, dataset), workers=machine.workers,
                             device=machine.device, rank=machine.rank, world=machine.world,
@@ -762,8 +762,8 @@ PARSERS = {tuple[int, int]: pair, tuple[float, float]: pair,
 
 
 # flags of numbers that are more than 0, and of those that are at most 1
-POSITIVE = ("threads", "save_every", "accum", "monitor_every", "size", "batch", "ids", "images",
-            "prototypes", "hidden", "bottleneck", "queue", "dim", "clip", "aspect", "labelled")
+POSITIVE = re.compile("threads|save_every|accum|monitor_every|batch|ids|images|prototypes|hidden|"
+                      r"bottleneck|queue|dim|clip|aspect|labelled|\w+_temp.*|temperature.*")
 SHARES = ("smoothing", "labelled", "momentum", "drop_path", "global_scale", "local_scale")
 
 
@@ -825,7 +825,7 @@ def parse_args(argv: list[str] | None = None):
     add_recipe_flags(parser.add_argument_group("recipe"), usual)
     args = parser.parse_args(argv)
     for flag, value in vars(args).items():
-        least, most = 1e-9 * (flag in POSITIVE), 1 if flag in SHARES else 1e9
+        least, most = 1e-9 * bool(POSITIVE.fullmatch(flag)), 1 if flag in SHARES else 1e9
         for number in value if isinstance(value, tuple) else (value,):
             if value == "" or isinstance(number, (int, float)) and not least <= number <= most:
                 parser.error(f"--{flag.replace('_', '-')} {value}: must be "

@@ -928,11 +928,21 @@ def test_mistakes_get_one_line(tmp_path):
     ("--optimizer adm", "invalid choice: 'adm'"), ("--arch resnet5", "invalid choice: 'resnet5'"),
     ("--pretrain personvit --arch resnet50", "invalid choice: 'resnet50'"), ("--pretrain dino", "invalid choice"),
     ("--prototypes 9", "unrecognized arguments: --prototypes"), ("--size 64.5x32", "--size (64.5, 32.0): two whole numbers"),
-    ("--size 4x4", "from 8 to 4096"), ("--size 8192x64", "from 8 to 4096"), ("--size 64x", "--size: invalid pair value: '64x'")])
+    ("--size 4x4", "from 8 to 4096"), ("--size 8192x64", "from 8 to 4096"), ("--size 64x", "--size: invalid pair value: '64x'"),
+    ("--pretrain upreid --temperature-local 0", "must be more than 0"), ("--pretrain personvit --teacher-temp-end 0", "more than 0")])
 def test_mistakes_on_the_command_line(args, words, capsys):
     with pytest.raises(SystemExit) as caught:
         train.parse_args(args.split())
     assert caught.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("missing", ["query", "bounding_box_test"])
+def test_what_cannot_be_evaluated_is_trained_all_the_same(market, tmp_path, capsys, missing):
+    shutil.rmtree(market / missing)
+    done = train.fine_tune_and_evaluate(dataclasses.replace(TINY, epochs=1), load_dataset("market1501", market), tmp_path / "run", False,
+                                        None, Machine("cpu", 0))
+    assert done is None and (tmp_path / "run" / "model.pth").exists()
+    assert "has no queries, or no gallery, to evaluate it with" in capsys.readouterr().out
 
 
 METHODS = pytest.mark.parametrize("flags", [[], ["--pretrain", "personvit"], ["--pretrain", "upreid"]],
