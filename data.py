@@ -70,7 +70,8 @@ LIMITS = {
 
 def limit_of(error: Exception) -> str | None:
     """The way out, if an error says that the machine cannot give something."""
-    text = f"{type(error).__name__}: {error}"  # some say nothing beside their name
+    # some say nothing beside their name; an InputError may hold such words in the name of a file
+    text = f"{type(error).__name__}: {error}" if not isinstance(error, InputError) else ""
     return next((way for words, way in LIMITS.items() if re.search(words, text)), None)
 
 
@@ -88,8 +89,7 @@ def command_line(main) -> None:
             raise
     except (InputError, OSError, RuntimeError, MemoryError, EOFError) as error:
         # of a worker's error, which comes with its traceback, the last line
-        way = limit_of(error) if not isinstance(error, InputError) else None
-        detail = (str(error).strip() or repr(error)).rpartition("\n")[2][:200]
+        way, detail = limit_of(error), (str(error).strip() or repr(error)).rpartition("\n")[2][:200]
         if not way and isinstance(error, RuntimeError):
             raise  # a fault of ours, whose traceback is wanted
         line = f"{way} ({detail}); a training goes on by the same command" if way else str(error)
@@ -603,9 +603,8 @@ class PKSampler:
         # np.resize repeats from the start to fill the last group
         groups = [list(np.resize(rng.permutation(m), (-(-len(m) // self.K), self.K)))
                   for m in self.members]
-        share = self.P // self.world
+        left, share = np.array([len(g) for g in groups]), self.P // self.world
         for i in range(self.length):
-            left = np.array([len(g) for g in groups])
             # P identities without replacement, in proportion to the groups they have left (the
             # Gumbel-max trick); one that needs every batch to come goes first, so none is left over
             score = np.log(np.maximum(left, 1e-9)) + rng.gumbel(size=len(left))
@@ -615,6 +614,7 @@ class PKSampler:
                 if not groups[pid]:
                     groups[pid].append(np.resize(rng.permutation(self.members[pid]), self.K))
                 batch.append(groups[pid].pop())
+                left[pid] = len(groups[pid])
             mine = np.concatenate(batch[self.rank * share:(self.rank + 1) * share])
             yield placed(self.epoch * self.length + i, self.rank * len(mine), mine)
 

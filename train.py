@@ -384,8 +384,7 @@ def fine_tune_and_evaluate(recipe: Recipe, dataset, out, overwrite: bool, weight
 
 def stored(recipe: Recipe, dataset) -> dict:
     """What model.pth says of itself."""
-    mean, std = map(list, NORMS[recipe.norm])
-    return asdict(recipe) | {"mean": mean, "std": std, "dataset": dataset.name}
+    return asdict(recipe) | dict(zip(("mean", "std"), NORMS[recipe.norm]), dataset=dataset.name)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -637,7 +636,7 @@ class Run:
                 print(f"going on at step {step:,} from {path}", flush=True)
                 break
             except Exception as error:  # damaged bytes make readers raise anything at all
-                if isinstance(error, (PermissionError, MemoryError)) or limit_of(error):
+                if type(error) is PermissionError or limit_of(error) and type(error) != EOFError:
                     raise  # no fault of the file's
                 print(f"WARNING: {path} is damaged ({str(error)[:150]})", flush=True)
         made = [*found, *self.folder.glob("backbone.pth"), *self.folder.glob("model.pth")]
@@ -726,9 +725,10 @@ def join_processes(machine: Machine) -> Machine:
     several processes only the first prints."""
     if "WORLD_SIZE" not in os.environ:
         return machine
-    if missing := {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
-        raise InputError(f"WORLD_SIZE is set, but not {min(missing)}: use torchrun, or unset it")
-    rank, world, local = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    given = [os.environ.get(k, "") for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")]
+    if not (all(map(str.isdecimal, given)) and os.environ.get("MASTER_ADDR")):
+        raise InputError("WORLD_SIZE is set, but not all of torchrun's variables: unset it")
+    rank, world, local, _ = map(int, given)
     device, backend = machine.device, "gloo"
     if device == "cuda":
         device, backend = f"cuda:{local}", "cpu:gloo,cuda:nccl"

@@ -735,6 +735,9 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_damaged(tmp_path, monkeypat
     monkeypatch.setattr(train, "read_checkpoint", lambda _: raise_(error))
     with pytest.raises(type(error)):
         run.restore({"part": Part()})
+    monkeypatch.setattr(train, "read_checkpoint", lambda _: raise_(EOFError()))      # but this one is
+    with pytest.raises(InputError, match="no checkpoint is whole"):
+        run.restore({"part": Part()})
     monkeypatch.undo()
     assert run.restore({"part": Part()}) == 2
 
@@ -898,7 +901,7 @@ def test_unlabelled_images_are_no_training_set(tmp_path):
 # ---- command line ----------------------------------------------------------------------------
 
 
-def test_mistakes_get_one_line(tmp_path):
+def test_mistakes_get_one_line(tmp_path, monkeypatch):
     market_tree(tmp_path / "market1501")
     (tmp_path / "file").write_text("")
     market = ["--dataset", "market1501", "--data-root", tmp_path]
@@ -914,7 +917,13 @@ def test_mistakes_get_one_line(tmp_path):
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert not list(tmp_path.glob("run/*"))
     done = command(*market, env=os.environ | {"WORLD_SIZE": "2"})
-    assert done.returncode == 1 and done.stderr.startswith("error: WORLD_SIZE is set, but not ")
+    assert done.returncode == 1 and done.stderr.startswith("error: WORLD_SIZE is set, but not all of torchrun's var")
+    torchrun = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "4"}
+    for name, value in (("RANK", "x"), ("MASTER_PORT", ""), ("MASTER_ADDR", "")):
+        for key in torchrun:
+            monkeypatch.setenv(key, value if key == name else torchrun[key])
+        with pytest.raises(InputError, match="not all of torchrun's variables"):
+            train.join_processes(Machine())
 
 
 @pytest.mark.parametrize("args, words", [
