@@ -64,14 +64,16 @@ LIMITS = {
     "allocate mem|to alloc|bad_alloc|^MemoryE": "memory is full: smaller --batch, fewer --workers",
     "Too many open files|ancillary data": "too few files may be open: ulimit -n 4096",
     "invalid device ordinal": "fewer GPUs here than processes: start as many as there are GPUs",
+    r"C compiler|C\+\+ compiler": "there is no C compiler: --no-compile",
     "new thread|temporarily unavailable": "too few processes may run: ulimit -u, fewer --workers",
     "onnection (closed|reset)": "another process of this run has ended, see its message"}
 
 
 def limit_of(error: Exception) -> str | None:
     """The way out, if an error says that the machine cannot give something."""
-    # some say nothing beside their name; an InputError may hold such words in the name of a file
-    text = f"{type(error).__name__}: {error}" if not isinstance(error, InputError) else ""
+    # some say nothing beside their name; the name of a file may hold such words
+    said = getattr(error, "strerror", None) or error
+    text = f"{type(error).__name__}: {said}" if not isinstance(error, InputError) else ""
     return next((way for words, way in LIMITS.items() if re.search(words, text)), None)
 
 
@@ -319,6 +321,8 @@ def load_splits(name: str, root: Path) -> Dataset:
     elif not cameras:
         notes.append("each folder is an identity, cameras are unknown: ranking excludes only the "
                      "image itself, which looks better than by Market-1501's protocol")
+    elif len({r.camid for r in query + gallery}) == 1:
+        notes.append("all test images are by one camera: evaluate.py can rank them by --cams none")
     return Dataset(name, root, relabel(train) if pids else train, query, gallery, cameras,
                    "; ".join(notes))
 
@@ -424,9 +428,8 @@ def load_unlabelled(root: Path) -> Dataset:
     A folder is listed once into <folder>.index.txt, a plain list of paths; delete that file after
     the folder has changed. LMDB files are not read: decode them to JPEG files first.
     """
-    places = [root / n for n in ("luperson.txt", "luperson", "LUPerson", "LUP")]
-    if root.is_file() or LUPERSON.fullmatch(root.name.lower()):
-        places = [root]  # the set itself, not the folder it lies in
+    own = root.is_file() or LUPERSON.fullmatch(root.name.lower())  # not the folder it lies in
+    places = [root] if own else [root / n for n in ("luperson.txt", "luperson", "LUPerson", "LUP")]
     source = next((p for p in places if p.exists()), None)
     if source is None:
         raise InputError(f"luperson not found: no {root}/luperson/ (any tree of crops), nor "
@@ -475,16 +478,14 @@ def read_image(path: str, size: tuple[int, int], interpolation: Image.Resampling
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are too many, at "
                                  f"most {MOST_PIXELS:,}")
-            if image.mode[0] in "IF":
-                image = eight_bits(image)
+            image = eight_bits(image) if image.mode[0] in "IF" else image
             ImageOps.exif_transpose(image, in_place=True)  # phones store photos on their side
             image = image.convert("RGB").resize(size[::-1], interpolation)  # Pillow: (W, H)
     except Exception as error:  # broken bytes make decoders raise anything at all
         if isinstance(error, OSError) and limit_of(error):
             raise  # no fault of the image's
-        reason = getattr(error, "strerror", None) or str(error) or repr(error)
-        if isinstance(error, UnidentifiedImageError):
-            reason = f"{len(content)} bytes that are no image"
+        none = isinstance(error, UnidentifiedImageError) and f"{len(content)} bytes that are none"
+        reason = none or getattr(error, "strerror", None) or str(error) or repr(error)
         raise InputError(f"{path}: cannot be read as an image ({reason})") from None
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
@@ -1043,7 +1044,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data-root", default="data", help="folder that holds the datasets")
     parser.add_argument("--train-only", action="store_true", help="MSMT17 without its val list")
     args = parser.parse_args(argv)
-    if args.synthetic:
+    if args.synthetic is not None:
         print(f"wrote {make_synthetic(args.synthetic)}")
     else:
         load_dataset(args.dataset, args.data_root, args.train_only)

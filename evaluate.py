@@ -280,12 +280,9 @@ def end_workers() -> None:
 def read_batch(size: tuple[int, int], records: list[Record]) -> tuple[Tensor, Tensor]:
     """uint8 images (B, 3, H, W), resized bilinearly as in the reference code, and numbers (B,) made
     of their files' bytes. A broken file is an error: leaving it out would make another test."""
-    images, numbers = [], []
-    for path, _, _ in records:
-        images.append(read_image(path, size, Image.Resampling.BILINEAR))
-        digest = hashlib.blake2b(Path(path).read_bytes(), digest_size=7).digest()
-        numbers.append(int.from_bytes(digest, "big"))
-    return torch.stack(images), torch.tensor(numbers)
+    images = [read_image(r.path, size, Image.Resampling.BILINEAR) for r in records]
+    digests = [hashlib.blake2b(Path(r.path).read_bytes(), digest_size=7).digest() for r in records]
+    return torch.stack(images), torch.tensor([int.from_bytes(d, "big") for d in digests])
 
 
 def everyones(mine) -> list:
@@ -297,6 +294,7 @@ def everyones(mine) -> list:
     return parts
 
 
+@torch.compiler.set_stance("force_eager")  # each view and precision would be a graph
 def bfloat16_is_right(nets: list[nn.Module], views) -> bool:
     """Do networks give the same features in both precisions, up to rounding, for views (..., 3, H,
     W)? Some processors' kernels are wrong where a stride of 2 leaves a map one pixel wide (AMX,
@@ -780,8 +778,8 @@ GOES_WITH = dict.fromkeys(("rerank", *PATCHES), "dataset") | {
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser()
     args = parser.parse_args(argv)
-    if args.batch_size < 1 or args.workers < 0:
-        parser.error("--batch-size is at least 1, --workers at least 0")
+    if not 0 < args.batch_size <= 1 << 16 or args.workers < 0:
+        parser.error("--batch-size is 1 to 65536, --workers at least 0")
     if "" in vars(args).values():
         parser.error("a name is empty")
     if not (args.weights or args.inspect or args.curves):

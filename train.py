@@ -159,10 +159,9 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups = [{"params": [p for n, p in named if not n.endswith("bias")], "scale": 1.0},
               {"params": [p for n, p in named if n.endswith("bias")], "scale": recipe.bias_lr}]
-    kwargs = dict(lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=0.9, **kwargs)
-    return (torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW)(groups, **kwargs)
+    kind = getattr(torch.optim, {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}[recipe.optimizer])
+    more = {"momentum": 0.9} if recipe.optimizer == "sgd" else {}
+    return kind(groups, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True, **more)
 
 
 class FineTuning(nn.Module):
@@ -363,9 +362,11 @@ def fine_tune_and_evaluate(recipe: Recipe, dataset, out, overwrite: bool, weight
                          f"like 0002_c1 or a folder for each person; else they serve --pretrain")
     dataset = replace(dataset, train=some_identities(dataset.train, recipe.labelled, recipe.seed))
     run = open_run(out, recipe, dataset, overwrite, machine, weights=weights)
-    if (run.folder / "results.json").exists() and not overwrite:
-        print(f"{run.folder} is finished; --overwrite starts over")
-        return json.loads((run.folder / "results.json").read_text())
+    with contextlib.suppress(FileNotFoundError, ValueError):  # if damaged, evaluate again
+        numbers = json.loads((run.folder / "results.json").read_text())
+        if not overwrite:
+            print(f"{run.folder} is finished; --overwrite starts over")
+            return numbers
     model = fine_tune(recipe, dataset, run, weights, machine)
     print(f"saved {run.folder}/model.pth; training took {run.seconds / 60:.1f} minutes")
     if not (dataset.query and dataset.gallery):
@@ -577,7 +578,7 @@ class Run:
     @contextlib.contextmanager
     def begin(self):
         """Hold the folder for this run; delete what `overwrite` allows, write recipe.json."""
-        wait_for_all()  # everyone has looked at the folder before the first process changes it
+        everyones(None)  # all have looked at the folder before the first process changes it
         with open(self.folder / "lock" if self.writes else os.devnull, "a") as handle:
             if self.writes:
                 self.lock(handle)
@@ -587,7 +588,7 @@ class Run:
                     path.unlink()
                 self.overwrite = False
                 self.save("recipe.json", json.dumps(self.recipe, indent=1).encode())
-            wait_for_all()  # the others may read the folder now
+            everyones(None)  # the others may read the folder now
             yield
 
     def lock(self, handle) -> None:
@@ -741,11 +742,6 @@ def join_processes(machine: Machine) -> Machine:
     return replace(machine, device=device, rank=rank, world=world)
 
 
-def wait_for_all() -> None:
-    """Until every process has come here."""
-    everyones(None)
-
-
 # ---------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------
@@ -761,10 +757,11 @@ PARSERS = {tuple[int, int]: pair, tuple[float, float]: pair,
            float | None: lambda text: None if text.lower() == "none" else float(text)}
 
 
-# flags of numbers that are more than 0, and of those that are at most 1
+# flags of numbers that are more than 0, and what others are at most
 POSITIVE = re.compile("threads|save_every|accum|monitor_every|batch|ids|images|prototypes|hidden|"
                       r"bottleneck|queue|dim|clip|aspect|labelled|\w+_temp.*|temperature.*")
-SHARES = ("smoothing", "labelled", "momentum", "drop_path", "global_scale", "local_scale")
+MOST = dict.fromkeys(("smoothing", "labelled", "momentum", "global_scale", "local_scale"), 1) | {
+    "drop_path": 0.9}
 
 
 def add_recipe_flags(parser: argparse.ArgumentParser, usual) -> None:
@@ -825,7 +822,7 @@ def parse_args(argv: list[str] | None = None):
     add_recipe_flags(parser.add_argument_group("recipe"), usual)
     args = parser.parse_args(argv)
     for flag, value in vars(args).items():
-        least, most = 1e-9 * bool(POSITIVE.fullmatch(flag)), 1 if flag in SHARES else 1e9
+        least, most = 1e-9 * bool(POSITIVE.fullmatch(flag)), MOST.get(flag, 1e9)
         for number in value if isinstance(value, tuple) else (value,):
             if value == "" or isinstance(number, (int, float)) and not least <= number <= most:
                 parser.error(f"--{flag.replace('_', '-')} {value}: must be "
@@ -846,12 +843,13 @@ def main(argv: list[str] | None = None) -> None:
         args.monitor_every, "inductor" if args.compile else ""))
     names = filter(None, (Path(args.dataset).name, args.pretrain, recipe.arch))
     out = args.out or "runs/" + "_".join(names)
-    if machine.rank:  # the first may write: synthetic people, an index of LUPerson
-        wait_for_all()
-    dataset, monitor = (name and load_dataset(name, args.data_root, args.train_only)
-                        for name in (args.dataset, args.monitor))
-    if not machine.rank:
-        wait_for_all()
+    for turn in (True, False):  # of the first process, which may draw people, then of the others
+        if turn == (machine.rank == 0):
+            dataset, monitor = (name and load_dataset(name, args.data_root, args.train_only)
+                                for name in (args.dataset, args.monitor))
+        everyones(None)
+    if monitor and not (monitor.query and monitor.gallery):
+        raise InputError(f"--monitor {args.monitor}: it has no queries, or no gallery")
     if args.pretrain:
         run = open_run(out, recipe, dataset, args.overwrite, machine, args.weights,
                        pretrain=args.pretrain)
@@ -862,7 +860,7 @@ def main(argv: list[str] | None = None) -> None:
                           recipe.arch, "--weights", f"{run.folder}/backbone.pth"]))
     else:
         fine_tune_and_evaluate(recipe, dataset, out, args.overwrite, args.weights, machine)
-    wait_for_all()  # none hangs up on another that still speaks
+    everyones(None)  # none hangs up on another that still speaks
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from data import Images, MultiCrop, ShuffleSampler, from_step, load_dataset
-from evaluate import make_loader, rank_features
+from evaluate import device_name, make_loader, rank_features
 from personvit import Attention, PersonViT, PersonViTRecipe, vit_small
 from upreid import UPReID, UPReIDRecipe, resnet50
 
@@ -463,8 +463,8 @@ def scale(folder: Path, quick: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m extra.bench",
                                      description="Speed on this machine.")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="cpu or cuda; default: cuda if there is one")
+    parser.add_argument("--device", type=device_name, help="cpu or cuda; default: what is here",
+                        default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="few repeats: does it run at all?")
     args = parser.parse_args()
     repeats = 3 if args.quick else 15

@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT, command, market_tree, write_image
 from PIL import Image
 
+import data
 from data import FineTuneTransform, Images, InputError, PathList, PKSampler, Record, ShuffleSampler, load_dataset, read_image
 from extra.people import make_synthetic
 
@@ -324,6 +325,19 @@ def test_command_line(tmp_path):
     assert done.returncode == 0 and "16 images" in done.stdout
     done = run()
     assert done.returncode == 2 and "one of the arguments --dataset --synthetic is required" in done.stderr
+    with pytest.raises(FileExistsError, match="already holds files"):
+        data.main(["--synthetic", ""])
+
+
+def test_one_camera_is_told_before_a_training(tmp_path, capsys):
+    for pid in range(3):
+        for n in range(3):
+            write_image(tmp_path / f"{pid:04d}_c1_{n}.jpg")
+    load_dataset(str(tmp_path))
+    assert "all test images are by one camera: evaluate.py can rank them by --cams none" in capsys.readouterr().out
+    write_image(tmp_path / "0001_c2_9.jpg")
+    load_dataset(str(tmp_path))
+    assert "one camera" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["market1501", "luperson", "folder"])

@@ -380,6 +380,7 @@ def test_the_probe_of_bfloat16_sees_wrong_numbers_and_leaves_no_trace():
     for arch in ("vit_mini", "resnet_tiny"):
         net = build_backbone(arch, (64, 32), drop_path=0.5).train()
         state, random = {k: v.clone() for k, v in net.state_dict().items()}, torch.get_rng_state()
+        net.forward_features = torch.compile(net.forward_features, backend=lambda *_: pytest.fail("compiled for a probe"))
         bfloat16_is_right([net], views)
         assert torch.equal(random, torch.get_rng_state())
         assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
@@ -937,7 +938,7 @@ def test_mistakes_get_one_line(tmp_path, monkeypatch):
     ("--optimizer adm", "invalid choice: 'adm'"), ("--arch resnet5", "invalid choice: 'resnet5'"),
     ("--pretrain personvit --arch resnet50", "invalid choice: 'resnet50'"), ("--pretrain dino", "invalid choice"),
     ("--prototypes 9", "unrecognized arguments: --prototypes"), ("--size 64.5x32", "--size (64.5, 32.0): two whole numbers"),
-    ("--size 4x4", "from 8 to 4096"), ("--size 8192x64", "from 8 to 4096"), ("--size 64x", "--size: invalid pair value: '64x'"),
+    ("--drop-path 1", "at most 0.9"), ("--size 4x4", "from 8 to 4096"), ("--size 8192x64", "from 8 to 4096"), ("--size 64x", "--size: invalid pair value: '64x'"),
     ("--pretrain upreid --temperature-local 0", "must be more than 0"), ("--pretrain personvit --teacher-temp-end 0", "more than 0")])
 def test_mistakes_on_the_command_line(args, words, capsys):
     with pytest.raises(SystemExit) as caught:
@@ -952,6 +953,23 @@ def test_what_cannot_be_evaluated_is_trained_all_the_same(market, tmp_path, caps
                                         None, Machine("cpu", 0))
     assert done is None and (tmp_path / "run" / "model.pth").exists()
     assert "has no queries, or no gallery, to evaluate it with" in capsys.readouterr().out
+    # ... but a monitor must be able to look, which is said before anything is deleted
+    with pytest.raises(InputError, match="--monitor .*: it has no queries, or no gallery"):
+        train.main(["--pretrain", "personvit", "--arch", "vit_mini", "--dataset", str(market), "--monitor", str(market), "--out",
+                    str(tmp_path / "run"), "--overwrite"])
+    assert (tmp_path / "run" / "model.pth").exists()
+
+
+def test_damaged_results_are_measured_again(dataset, tmp_path, capsys):
+    def run():
+        return train.fine_tune_and_evaluate(dataclasses.replace(TINY, epochs=1), dataset, tmp_path, False, None, Machine("cpu", 0))
+
+    first = run()
+    for content in (b"", b"{\"mAP\": 0.", b"\xff\xfe"):
+        (tmp_path / "results.json").write_bytes(content)
+        capsys.readouterr()
+        assert run() == first and "going on at step" in capsys.readouterr().out
+    assert run() == first and "is finished; --overwrite starts over" in capsys.readouterr().out
 
 
 METHODS = pytest.mark.parametrize("flags", [[], ["--pretrain", "personvit"], ["--pretrain", "upreid"]],

@@ -181,6 +181,8 @@ LIMITS = [
     (OSError(24, "Too many open files"), "ulimit -n"),
     (RuntimeError("received 0 items of ancillary data"), "ulimit -n"),
     (RuntimeError("can't start new thread"), "ulimit -u"),
+    (RuntimeError("Failed to find C compiler. Please specify via CC environment variable or set triton.knobs.build.impl."),
+     "--no-compile"), (RuntimeError("InvalidCxxCompiler: No working C++ compiler found in torch._inductor"), "--no-compile"),
     (RuntimeError("CUDA error: invalid device ordinal\nGPU device may be out of range, do you have enough GPUs?\n"),
      "fewer GPUs here than processes"),
     (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
@@ -203,6 +205,8 @@ def test_a_file_s_name_is_no_limit_of_the_machine(tmp_path, monkeypatch):
     """... and too many open files are no fault of the image that was to be opened."""
     with pytest.raises(SystemExit, match="^error: /data/shared memory/new thread.jpg: cannot be read"):
         command_line(lambda: raise_(InputError("/data/shared memory/new thread.jpg: cannot be read")))
+    with pytest.raises(SystemExit, match="^error: .*No such file"):
+        command_line(lambda: open("/absent/killed.pth"))
     path = write_image(tmp_path / "a.jpg")
     monkeypatch.setattr(Path, "read_bytes", lambda _: raise_(OSError(24, "Too many open files")))
     with pytest.raises(SystemExit, match="^error: too few files may be open: ulimit -n"):
