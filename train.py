@@ -757,11 +757,10 @@ PARSERS = {tuple[int, int]: pair, tuple[float, float]: pair,
            float | None: lambda text: None if text.lower() == "none" else float(text)}
 
 
-# flags of numbers that are more than 0, and what others are at most
+# flags of numbers that are more than 0, and of those that are at most 1
 POSITIVE = re.compile("threads|save_every|accum|monitor_every|batch|ids|images|prototypes|hidden|"
                       r"bottleneck|queue|dim|clip|aspect|labelled|\w+_temp.*|temperature.*")
-MOST = dict.fromkeys(("smoothing", "labelled", "momentum", "global_scale", "local_scale"), 1) | {
-    "drop_path": 0.9}
+SHARES = ("smoothing", "labelled", "momentum", "drop_path", "global_scale", "local_scale")
 
 
 def add_recipe_flags(parser: argparse.ArgumentParser, usual) -> None:
@@ -822,7 +821,7 @@ def parse_args(argv: list[str] | None = None):
     add_recipe_flags(parser.add_argument_group("recipe"), usual)
     args = parser.parse_args(argv)
     for flag, value in vars(args).items():
-        least, most = 1e-9 * bool(POSITIVE.fullmatch(flag)), MOST.get(flag, 1e9)
+        least, most = 1e-9 * bool(POSITIVE.fullmatch(flag)), 1 if flag in SHARES else 1e9
         for number in value if isinstance(value, tuple) else (value,):
             if value == "" or isinstance(number, (int, float)) and not least <= number <= most:
                 parser.error(f"--{flag.replace('_', '-')} {value}: must be "

@@ -140,7 +140,7 @@ class Bomb:
 def test_checkpoints(tmp_path, legacy):
     """A damaged file of weights is refused, or what it loads into a network is finite."""
     rng, path, sane = random.Random(legacy), tmp_path / "model.pth", 0
-    model = ReIDModel(build_backbone("resnet_tiny"), 3)
+    model, net = ReIDModel(build_backbone("resnet_tiny"), 3), build_backbone("resnet_tiny")
     small = {k: v for k, v in model.base.state_dict().items() if v.numel() < 2000}
     for content in (small, {"state_dict": model.base.state_dict(), "epoch": 3}):
         torch.save(content, path, _use_new_zipfile_serialization=not legacy)
@@ -151,7 +151,6 @@ def test_checkpoints(tmp_path, legacy):
                 path.write_bytes(whole[:max(at, 0)] + damaged(rng, whole[max(at, 0):at + 50]) + whole[at + 50:])
             else:
                 path.write_bytes(damaged(rng, whole))
-            net = build_backbone("resnet_tiny")
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("error")

@@ -28,16 +28,16 @@ def test_a_short_pretraining_learns(people, tmp_path, monkeypatch):
 def test_end_to_end_beats_the_untrained_network(people, tmp_path):
     """Fine-tune and evaluate from the command line; then evaluate the saved file again."""
     common = ["--dataset", "synthetic", "--data-root", people.root, "--workers", 0, "--device", "cpu"]
-    few = ["--labelled", 0.4, "--ids", 8, "--lr", 3e-3, "--threads", 1]      # 40 people
+    few = ["--labelled", 0.4, "--ids", 8, "--lr", 3e-3, "--size", "64x32", "--threads", 1]      # 40 people
     results = {}
-    for name, epochs in (("untrained", 0), ("trained", 6)):
+    for name, epochs in (("untrained", 0), ("trained", 12)):
         done = command(*common, *few, "--epochs", epochs, "--out", tmp_path / name)
         assert done.returncode == 0, done.stderr
         results[name] = json.loads((tmp_path / name / "results.json").read_text())
     assert results["trained"]["mAP"] > results["untrained"]["mAP"] + 0.25, results
     assert results["trained"]["valid"] == results["trained"]["queries"]
     assert results["trained"]["minutes"] > 0
-    again = command(*common, *few, "--epochs", 6, "--out", tmp_path / "trained")
+    again = command(*common, *few, "--epochs", 12, "--out", tmp_path / "trained")
     assert again.returncode == 0 and '"step"' not in again.stdout  # nothing left to train
     assert json.loads((tmp_path / "trained" / "results.json").read_text()) == results["trained"]
     done = command(*common, "--weights", tmp_path / "trained" / "model.pth", "--ranks", tmp_path / "r.png",

@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DOUBLE, PATIENCE, ROOT, Golden, Script, command, log_lines, market_tree, torchrun
+from double import NETWORKS
 from torch._dynamo.utils import counters
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,16 +32,14 @@ from evaluate import ARCHS, ReIDModel, bfloat16_is_right, build_backbone, evalua
 from extra import stress
 from personvit import VITS, PersonViT, PersonViTRecipe, VisionTransformer
 from train import FineTuning, Machine, Meter, Recipe, Run, hardest_pairs, learning_rate, make_optimizer, triplet_loss
-from upreid import RESNETS, ResNet, UPReID, UPReIDRecipe
+from upreid import RESNETS, UPReID, UPReIDRecipe
 
 @pytest.fixture(autouse=True)
 def tiny_networks(monkeypatch):
     """What is tested here does not depend on a network's size; scripts in processes of their own have the usual ones."""
-    tiny = {"vit_mini": lambda size=(256, 128), **more: VisionTransformer(size, embed_dim=32, depth=2, num_heads=2, **more),
-            "resnet_tiny": lambda last_stride=1: ResNet((1, 1, 1, 1), 4, last_stride)}
     for table in (VITS, RESNETS, ARCHS):
-        for name in tiny.keys() & table.keys():
-            monkeypatch.setitem(table, name, tiny[name])
+        for name in NETWORKS.keys() & table.keys():
+            monkeypatch.setitem(table, name, NETWORKS[name])
 
 
 # ---- losses and schedule of fine-tuning ------------------------------------------------------
@@ -938,7 +937,7 @@ def test_mistakes_get_one_line(tmp_path, monkeypatch):
     ("--optimizer adm", "invalid choice: 'adm'"), ("--arch resnet5", "invalid choice: 'resnet5'"),
     ("--pretrain personvit --arch resnet50", "invalid choice: 'resnet50'"), ("--pretrain dino", "invalid choice"),
     ("--prototypes 9", "unrecognized arguments: --prototypes"), ("--size 64.5x32", "--size (64.5, 32.0): two whole numbers"),
-    ("--drop-path 1", "at most 0.9"), ("--size 4x4", "from 8 to 4096"), ("--size 8192x64", "from 8 to 4096"), ("--size 64x", "--size: invalid pair value: '64x'"),
+    ("--size 4x4", "from 8 to 4096"), ("--size 8192x64", "from 8 to 4096"), ("--size 64x", "--size: invalid pair value: '64x'"),
     ("--pretrain upreid --temperature-local 0", "must be more than 0"), ("--pretrain personvit --teacher-temp-end 0", "more than 0")])
 def test_mistakes_on_the_command_line(args, words, capsys):
     with pytest.raises(SystemExit) as caught:
@@ -1106,8 +1105,9 @@ def test_two_processes_equal_one(tmp_path, kind):
 
 SPLIT = """import sys; sys.path.insert(0, {tests!r})
 import functools
-from double import use_doubles
+from double import use_doubles, use_tiny_networks
 use_doubles()
+use_tiny_networks()
 import data, train, upreid
 upreid.UPReID = functools.partial(upreid.UPReID, shuffle=False)
 data.command_line(train.main)
@@ -1190,7 +1190,9 @@ def test_torchrun_ends_all_when_a_process_dies(tmp_path):
     assert Run(tmp_path / "run", {}, overwrite=True).checkpoints()
 
 
-SEVERAL = """import sys; sys.path.insert(0, {root!r})
+SEVERAL = """import sys; sys.path.insert(0, {tests!r})
+from double import use_tiny_networks
+use_tiny_networks()
 import train
 for kind in {runs!r}:
     train.main([*kind, "--dataset", {data!r}, "--device", "cpu", "--epochs", "1", *sys.argv[1:3],
@@ -1201,7 +1203,7 @@ for kind in {runs!r}:
 def test_seed_decides_alone(tmp_path):
     """Number of workers, hash seed and what the environment says of threads change no bit of a run."""
     data, runs = market_tree(tmp_path / "market1501", ids=5, images=4), list(stress.RUNS.values())
-    (tmp_path / "several.py").write_text(SEVERAL.format(root=str(ROOT), runs=runs, data=str(data)))
+    (tmp_path / "several.py").write_text(SEVERAL.format(tests=str(ROOT / "tests"), runs=runs, data=str(data)))
     started = []
     for workers, threads in ((0, "1"), (2, "3")):                # new processes: the environment is read at their start
         surroundings = {"PYTHONHASHSEED": threads, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
