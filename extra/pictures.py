@@ -367,14 +367,15 @@ def draw_curves(file: str | Path, folders: list[str]) -> None:
             text = Path(folder, "log.jsonl").read_text()
             lines = [json.loads(line) for line in text.splitlines(True)
                      if line.endswith("\n")]  # a power cut may have left half a line
-            points = [(line["step"], float(line["total"])) for line in lines if "total" in line]
+            points = [(float(line["step"]), float(line["total"])) for line in lines
+                      if "total" in line]
             results = Path(folder, "results.json")
             hits = json.loads(results.read_text()).get("cmc", []) if results.exists() else []
-            hits = [float(hit) for hit in hits]
+            hits = [min(max(0, float(hit)), 1) for hit in hits]  # NaN becomes 0
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{folder}: is no run folder with a readable log.jsonl and "
                              f"results.json ({error})") from None
-        points = [(step, loss) for step, loss in points if np.isfinite(loss)]
+        points = [point for point in points if all(abs(v) < 1e9 for v in point)]
         if points:
             losses[folder] = tuple(zip(*points))
         if hits:

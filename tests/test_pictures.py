@@ -246,6 +246,19 @@ def test_curves(weights, tmp_path, capsys):
         run("--curves", tmp_path / "d.png", "--runs", tmp_path)
 
 
+@pytest.mark.parametrize("odd", ["NaN", "1e400", "-1e308", '"x"', "null", "[1]", "{}", 30 * "9"])
+def test_odd_numbers_are_no_curves(tmp_path, odd):
+    """A picture, or one line of InputError."""
+    for step, total, hits in ((odd, 1, "[0.5]"), (1, odd, "[0.5]"), (1, 1, f"[{odd}]"), (1, 1, odd)):
+        (tmp_path / "log.jsonl").write_text(f'{{"step": {step}, "total": {total}}}\n{{"step": 3, "total": 2}}\n')
+        (tmp_path / "results.json").write_text(f'{{"cmc": {hits}}}')
+        try:
+            pictures.draw_curves(tmp_path / "c.png", [str(tmp_path)])
+            assert Image.open(tmp_path / "c.png").size[0] == (440 if hits == "{}" else 880)
+        except InputError as error:
+            assert "is no run folder with a readable log.jsonl" in str(error)
+
+
 @pytest.mark.parametrize("low, high", [(0, 1), (0, 0), (-3.2, 5.7), (0.001, 0.0012), (5, 5), (1e6, 3e6)])
 def test_ticks_enclose_and_are_few(low, high):
     ticks = pictures.ticks(low, high)
