@@ -113,6 +113,8 @@ def read_checkpoint(path: str | Path):
     """What torch.save wrote. Only tensors and plain values are read: a pickle may ask for any
     function to be called, and `weights_only` calls none. Raises InputError that says what the file
     is, when it is not that."""
+    if Path(path).is_fifo():  # to open it would be to wait for a writer
+        raise InputError(f"{path}: is a pipe; name a file of weights")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # hostile bytes make the reader raise anything at all
@@ -400,16 +402,17 @@ def answers(query: np.ndarray, gallery: np.ndarray) -> tuple[np.ndarray, np.ndar
     return own[~junk], own[junk]
 
 
-def ranks_of(dist: np.ndarray, right: np.ndarray, junk: np.ndarray, tie: float) -> np.ndarray:
-    """0-based ranks (W,) of a query's right answers, nearest first. dist (G,), overwritten.
+def ranks_of(row: np.ndarray, right: np.ndarray, junk: np.ndarray, tie: float) -> np.ndarray:
+    """0-based ranks (W,) of a query's right answers, nearest first. row (G,): its distances,
+    overwritten.
 
     No ranking is made: the j-th right answer has rank j + the number of other people's images that
     are at most as far away. "At most": an image at the same distance counts as before it, else the
     order of the gallery would decide, and a network that maps everything to one point would win.
     """
-    hits = np.sort(dist[right]) + dist.dtype.type(tie)                       # (W,)
-    dist[right] = dist[junk] = np.inf             # own images stand before none of their own
-    near = dist[dist <= hits[-1]]                 # few, if the network is good
+    hits = np.sort(row[right]) + row.dtype.type(tie)                         # (W,)
+    row[right] = row[junk] = np.inf               # own images stand before none of their own
+    near = row[row <= hits[-1]]                   # few, if the network is good
     return np.arange(len(hits)) + [np.count_nonzero(near <= hit) for hit in hits]
 
 
@@ -420,13 +423,13 @@ def score(rows, query: np.ndarray, gallery: np.ndarray, max_rank: int, ap: str,
         raise InputError(f"ap is 'step' or 'market', max_rank at least 1; not {ap!r}, {max_rank}")
     total, cmc, INP = query.shape[1], np.zeros(max_rank), []
     APs = {name: np.full(total, np.nan) for name in ("step", "market")}
-    for i, dist in enumerate(rows):
-        if not np.isfinite(dist).all():
+    for i, row in enumerate(rows):
+        if not np.isfinite(row).all():
             raise InputError("distances hold NaN or infinity: a ranking of them means nothing")
         right, junk = answers(query[:, i], gallery)
         if not len(right):
             continue
-        p = ranks_of(dist, right, junk, tie)                                 # (W,)
+        p = ranks_of(row, right, junk, tie)                                  # (W,)
         j = np.arange(len(p))
         new = (j + 1) / (p + 1)                                   # precision at each right answer
         old = np.where(p > 0, j / np.maximum(p, 1), 1.0)          # ... and just before it
@@ -464,13 +467,13 @@ def cmc_map(distmat, q_pids, g_pids, q_camids, g_camids, max_rank: int = 50, ap:
     >>> round(result.mAPs["step"], 4), round(result.mAPs["market"], 4)
     (0.8304, 0.811)
     """
-    dist = np.asarray(distmat.detach().cpu() if isinstance(distmat, Tensor) else distmat)
-    dist = dist if dist.dtype == np.float32 else dist.astype(np.float64)
-    if dist.ndim != 2:
-        raise InputError(f"distances are a matrix (queries, gallery), not of shape {dist.shape}")
-    query = labels_of("query", len(dist), q_pids, q_camids, q_images)
-    gallery = labels_of("gallery", dist.shape[1], g_pids, g_camids, g_images)
-    return score((row.copy() for row in dist), query, gallery, max_rank, ap, tie=0.0)
+    matrix = np.asarray(distmat.detach().cpu() if isinstance(distmat, Tensor) else distmat)
+    matrix = matrix if matrix.dtype == np.float32 else matrix.astype(np.float64)
+    if matrix.ndim != 2:
+        raise InputError(f"distances are a matrix (queries, gallery), not of shape {matrix.shape}")
+    query = labels_of("query", len(matrix), q_pids, q_camids, q_images)
+    gallery = labels_of("gallery", matrix.shape[1], g_pids, g_camids, g_images)
+    return score((row.copy() for row in matrix), query, gallery, max_rank, ap, tie=0.0)
 
 
 def rank_features(q_feats, q_pids, q_camids, g_feats, g_pids, g_camids, max_rank: int = 50,

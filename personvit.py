@@ -408,10 +408,10 @@ class PersonViT(nn.Module):
             raise ValueError(f"masks are bool of shape {shape}, not {masks.dtype} of "
                              f"{tuple(masks.shape)}")
         device = self.center.device
-        hidden, weight, masks = (x.to(device, non_blocking=True)             # (M,), (M,)
+        places, weight, masks = (x.to(device, non_blocking=True)             # (M,), (M,)
                                  for x in (*hidden_patches(masks), masks))
-        t_cls, t_patch, spread = self.teach(views["globals"], hidden)        # (G, B, K), (M, K), ()
-        s_cls, s_patch = self.study(views, masks, hidden)                    # (V, B, K), (M, K)
+        t_cls, t_patch, spread = self.teach(views["globals"], places)        # (G, B, K), (M, K), ()
+        s_cls, s_patch = self.study(views, masks, places)                    # (V, B, K), (M, K)
         # subtracting the centre keeps one prototype from taking all, the low temperature keeps the
         # scores from going flat: each prevents the collapse the other alone would cause [DINO]
         p_cls = ((t_cls - self.center) / teacher_temp).softmax(-1)           # (G, B, K)
@@ -423,7 +423,7 @@ class PersonViT(nn.Module):
         return losses if "masks" in views else {k: losses[k] for k in losses if "patch" not in k}
 
     @torch.no_grad()
-    def teach(self, views: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def teach(self, views: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Teacher's scores of whole views: [CLS] (G, B, K), patches that are hidden from the
         student (M, K) [PersonViT Eq. 6]; and the spread
         of its features, sqrt(1 - |mean|^2) of unit vectors: 0 = all in one point, 1 = their mean is
@@ -443,16 +443,16 @@ class PersonViT(nn.Module):
         self.new_center += gathered_mean(cls.mean(0))                        # (K,)
         self.new_patch_center += gathered_mean(mean[0])
         self.forwards += 1
-        return cls.unflatten(0, views.shape[:2]), head.last_layer2(patches[hidden]), spread
+        return cls.unflatten(0, views.shape[:2]), head.last_layer2(patches[places]), spread
 
     def study(self, views: dict[str, Tensor], masks: Tensor,
-              hidden: Tensor) -> tuple[Tensor, Tensor]:
+              places: Tensor) -> tuple[Tensor, Tensor]:
         """Student's scores: (V, B, K) of [CLS], global views being masked [PersonViT Eq. 5], local
         ones whole; (M, K) of the hidden patches [PersonViT Eq. 6]."""
         backbone, head = self.student["backbone"], self.student["head"]
         tokens = backbone.forward_features(views["globals"].flatten(0, 1),   # (G B, 1 + N, D)
                                            masks.flatten(0, 1), self.mask_token)
-        patches = head.last_layer2(head(tokens[:, 1:].flatten(0, 1)[hidden]))  # (M, K)
+        patches = head.last_layer2(head(tokens[:, 1:].flatten(0, 1)[places]))  # (M, K)
         # the [CLS] loss uses the masked views as well [iBOT]
         cls = [tokens[:, 0]]                                                 # (G B, D)
         if len(views["locals"]):
@@ -628,16 +628,16 @@ class PersonViTRecipe:
         values = cls.LAPTOP if small else {} if dataset == "luperson" else cls.ONE_GPU
         return cls(arch=arch, **((cls.VIT_BASE if arch == "vit_base" else {}) | values))
 
-    def build(self, parts: int = 1) -> PersonViT:
-        """The objective with random weights. parts: forwards that share the images of a step,
+    def build(self, forwards: int = 1) -> PersonViT:
+        """The objective with random weights. forwards: those that share the images of a step,
         processes x passes. Raises ValueError for values that do not fit together."""
         least = 32 if self.local_crops else 16
         if min(self.size) < least:
             raise ValueError(f"--size {self.size[0]}x{self.size[1]} is too small: masks and local "
                              f"crops, half as large, need {least} pixels at least")
-        if self.batch % parts or self.batch < 2 * parts:
+        if self.batch % forwards or self.batch < 2 * forwards:
             raise ValueError(f"--batch {self.batch} cannot be shared evenly, two images at least "
-                             f"each, by {parts} processes x --accum passes")
+                             f"each, by {forwards} processes x --accum passes")
         backbone = VITS[self.arch](self.size, drop_path=self.drop_path)
         return PersonViT(backbone, self.prototypes, self.hidden, self.bottleneck, self.shared_head,
                          self.norm_last_layer, self.student_temp, clip=self.clip,

@@ -456,18 +456,18 @@ class UPReIDRecipe:
         values = cls.LAPTOP if small else {} if dataset == "luperson" else cls.ONE_GPU
         return cls(arch=arch, **values)
 
-    def build(self, parts: int = 1) -> UPReID:
-        """The objective with random weights. parts: forwards that share the images of a step,
+    def build(self, forwards: int = 1) -> UPReID:
+        """The objective with random weights. forwards: those that share the images of a step,
         processes x passes. Raises ValueError for values that do not fit together."""
         (H, W), M = self.size, self.stripes
         if self.weight_local and (M < 1 or H % M):
             raise ValueError(f"--size {H}x{W}: the height cannot be cut into --stripes {M}")
         if self.weight_local and not 1 <= self.hardest < M:
             raise ValueError(f"--hardest {self.hardest}: an image has {M - 1} other stripes")
-        if self.groups < 1 or self.groups % parts:
-            raise ValueError(f"--groups {self.groups} must be a multiple of {parts}, processes x "
-                             f"--accum passes")
-        if world_size() * self.groups == parts:  # one group in all processes
+        if self.groups < 1 or self.groups % forwards:
+            raise ValueError(f"--groups {self.groups} must be a multiple of {forwards}, "
+                             f"processes x --accum passes")
+        if world_size() * self.groups == forwards:  # one group in all processes
             print(f"WARNING: with --groups {self.groups} in as many passes queries and keys share "
                   f"batch statistics: the network may recognise the batch, not people")
         if self.batch % self.groups or self.batch < 2 * self.groups:
@@ -476,7 +476,7 @@ class UPReIDRecipe:
         backbone = RESNETS[self.arch](self.last_stride)
         return UPReID(backbone, self.dim, self.queue, self.temperature, self.temperature_global,
                       self.temperature_local, self.weight_global, self.weight_local, self.hardest,
-                      self.groups // parts)
+                      self.groups // forwards)
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """SGD with momentum, all parameters alike [LUP]."""

@@ -3,6 +3,7 @@
 import argparse
 import gzip
 import io
+import os
 import json
 import math
 import os
@@ -324,6 +325,13 @@ def test_damaged_safetensors_get_one_line(tmp_path):
             raise AssertionError("most tensors are missing")
         except InputError as error:
             assert str(path) in str(error) and "\n" not in str(error)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a system without pipes that have names")
+def test_a_pipe_is_no_file_of_weights(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="pipe: is a pipe; name a file of weights"):
+        read_weights(tmp_path / "pipe")
 
 
 def zipped(*names) -> bytes:
