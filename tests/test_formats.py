@@ -3,7 +3,6 @@
 import argparse
 import gzip
 import io
-import os
 import json
 import math
 import os
