@@ -125,8 +125,8 @@ class PlainAttention(Attention):
 
 
 class PlainPersonViT(PersonViT):
-    """The objective the reference's way: all tokens of all views through head and prototypes, loops
-    over views and over parameters."""
+    """The objective the reference's way: all tokens of all views through head and prototypes, and
+    loops over views."""
 
     def forward(self, views, teacher_temp, **_):
         masks = views["masks"].to(views["globals"].device)
@@ -153,11 +153,6 @@ class PlainPersonViT(PersonViT):
         z = net["head"](net["backbone"].forward_features(views.flatten(0, 1), *masks))
         cls, patch = net["head"].last_layer(z[:, 0]), net["head"].last_layer2(z[:, 1:])
         return cls.split(views.shape[1]), patch.split(views.shape[1])
-
-    @torch.no_grad()
-    def update_teacher(self, momentum, **_):
-        for t, s in zip(self.teacher.parameters(), self.student.parameters()):
-            t.mul_(momentum).add_(s, alpha=1 - momentum)
 
 
 def training_step(method: str, recipe, device: str, plain: bool = False):

@@ -367,8 +367,7 @@ def draw_curves(file: str | Path, folders: list[str]) -> None:
             text = Path(folder, "log.jsonl").read_text()
             lines = [json.loads(line) for line in text.splitlines(True)
                      if line.endswith("\n")]  # a power cut may have left half a line
-            points = [(float(line["step"]), float(line["total"])) for line in lines
-                      if "total" in line]
+            points = [(float(x["step"]), float(x["total"])) for x in lines if "total" in x]
             results = Path(folder, "results.json")
             hits = json.loads(results.read_text()).get("cmc", []) if results.exists() else []
             hits = [min(max(0, float(hit)), 1) for hit in hits]  # NaN becomes 0

@@ -10,8 +10,9 @@
     evidence   ViT-S on one GPU, from random weights and after PersonViT; one seed
 
 Rows with the same network and share of labels are fine-tuned alike, and with the same seed on the
-same labelled people. Each training has a folder below --out, so a study that was stopped goes on
-with the same command; parts of it (--seeds 0 1, --seeds 2) may run side by side with the same
+same labelled people; --rates tries several learning rates of it, as a comparison is fair when each
+row is at its own best one. Each training has a folder below --out, so a study that was stopped goes
+on with the same command; parts of it (--seeds 0 1, --seeds 2) may run side by side with the same
 --out, and the command with all seeds then trains nothing anew and prints the whole table.
 Read `pairs`, then `run_rows`.
 """
@@ -53,11 +54,12 @@ class Row:
     share: float = 1.0      # of the images that the pre-training sees
     start: str = ""         # weights that the first of the trainings starts from; none: random
     kept: int = 0           # epochs of pre-training after which it is fine-tuned; 0: all
+    rate: str = ""          # of the fine-tuning, in words, if several are tried
 
     @property
     def group(self) -> str:
-        few = self.recipe.labelled < 1
-        return self.recipe.arch + (f", {self.recipe.labelled:.0%} of the identities" if few else "")
+        few = f", {self.recipe.labelled:.0%} of the identities" if self.recipe.labelled < 1 else ""
+        return self.recipe.arch + few + self.rate
 
 
 # ---------------------------------------------------------------------------------------------
@@ -153,8 +155,7 @@ def evidence(dataset, seed: int, given: dict) -> list[Row]:
     """ViT-S at 128x64 on one GPU: does pre-training pay on this set? On Market-1501 ten minutes, as
     computed from an H100's speeds at 256x128 (docs/results.md)."""
     given = {"arch": "vit_small", "size": (128, 64), "epochs": 20, "pretrain_epochs": 25} | given
-    calm = dict(optimizer="adamw", lr=3e-4, bias_lr=1.0, weight_decay=0.05, warmup=3, smoothing=0.1,
-                margin=0.3, neck_feat="after")
+    calm = Recipe.LAPTOP | dict(size=given["size"], epochs=given["epochs"], lr=3e-4)
     return [dataclasses.replace(row, recipe=dataclasses.replace(row.recipe, **calm),
                                 before=row.before and dataclasses.replace(row.before, warmup=2))
             for row in pairs("personvit", dataset, seed, given, (1.0,))]
@@ -178,6 +179,16 @@ STUDIES = {
         "without local crops": dict(local_crops=0),
         "without both": dict(masks=False, local_crops=0)}),
 }
+
+
+
+def rows_of(name: str, dataset, seed: int, given: dict) -> list[Row]:
+    """The rows of a study, all of them at each learning rate of the fine-tuning that is to be tried
+    (--rates): what is pre-trained may want another than random weights do."""
+    rows = STUDIES[name](dataset, seed, given)
+    return [dataclasses.replace(row, rate=f", rate {lr:g}",
+                                recipe=dataclasses.replace(row.recipe, lr=lr))
+            for lr in given.get("rates", ()) for row in rows] or rows
 
 
 # ---------------------------------------------------------------------------------------------
@@ -216,16 +227,15 @@ def some_images(records, share: float, seed: int):
 
 def say_how_long(rows: list[Row], dataset, machine: Machine) -> None:
     """Minutes of the trainings of one seed on this machine, by a few steps of each kind."""
-    minutes, rates = 0.0, {}
-    for row in rows:
-        for name, recipe, share in ((row.method, row.before, row.share),
-                                    ("fine-tuning", row.recipe, row.recipe.labelled)):
-            if recipe:
-                key = name, recipe.arch, recipe.size
-                if key not in rates:
-                    done = staged(name, recipe, dataset, machine.device, 5, machine.backend)
-                    rates[key] = done.lines["both"]["img_s"]
-                minutes += recipe.epochs * share * len(dataset.train) / rates[key] / 60
+    minutes, speeds = 0.0, {}
+    work = {(row.method, row.before, row.share) for row in rows if row.before}  # once for all rows
+    for name, recipe, share in [*work, *(("fine-tuning", row.recipe, row.recipe.labelled)
+                                         for row in rows)]:
+        key = name, recipe.arch, recipe.size
+        if key not in speeds:
+            done = staged(name, recipe, dataset, machine.device, 5, machine.backend)
+            speeds[key] = done.lines["both"]["img_s"]
+        minutes += recipe.epochs * share * len(dataset.train) / speeds[key] / 60
     print(f"the trainings will take about {minutes:.0f} minutes here, a seed")
 
 
@@ -257,14 +267,14 @@ def study(name: str, dataset, seeds: list[int], given: dict, out: Path, overwrit
         raise InputError(f"{out} is no study's folder, and {' and '.join(taken)} in it would be "
                          f"replaced; choose another with --out")
     for seed in seeds:
-        rows = STUDIES[name](dataset, seed, given)
+        rows = rows_of(name, dataset, seed, given)
         check(rows, dataset)
     if name == "evidence":
         say_how_long(rows, dataset, machine)
     if name == "demo":
         table = untrained(dataset, machine)
     for number, seed in enumerate(seeds, 1):
-        rows = STUDIES[name](dataset, seed, given)
+        rows = rows_of(name, dataset, seed, given)
         done = run_rows(rows, dataset, out, overwrite, machine)
         for key, (results, _) in done.items():
             table.setdefault(key, []).append(results)
@@ -358,6 +368,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--size", type=pair, help="height x width, in both trainings; default: 128x64")
     add("--epochs", type=int, metavar="N", help="fine-tuning; default: 24, demo: 12, 24")
     add("--pretrain-epochs", type=int, metavar="N", help="pre-training; default: 16, demo: 12, 8")
+    add("--rates", nargs="+", type=float, metavar="LR", help="of the fine-tuning, each is tried")
     add("--weights", metavar="FILE", help="initialisation: the weights to start from")
     add("--out", metavar="DIR", help="default: runs/<study>, or runs/<study>_<dataset>")
     add("--overwrite", action="store_true", help="start over in a used folder")
@@ -371,19 +382,19 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
-    if args.workers < 0 or args.threads < 1 or len(set(args.seeds or [])) < len(args.seeds or []):
-        parser.error("--workers is at least 0, --threads at least 1, and no seed counts twice")
-    if min(args.epochs or 0, args.pretrain_epochs or 0, *(args.seeds or [])) < 0:
-        parser.error("--epochs, --pretrain-epochs and --seeds are at least 0")
+    seeds, rates = args.seeds or [], args.rates or []
+    numbers = [args.workers, args.epochs or 0, args.pretrain_epochs or 0, *seeds, *rates]
+    if min(numbers) < 0 or args.threads < 1 or len(set(seeds)) < len(seeds):
+        parser.error("--threads is at least 1, other numbers at least 0, and no seed counts twice")
     if "WORLD_SIZE" in os.environ:
         parser.error("a study runs in one process: start it with python, not with torchrun")
     torch.set_num_threads(args.threads)
-    given = {key: getattr(args, key) for key in ("size", "epochs", "pretrain_epochs", "weights")
-             if getattr(args, key) is not None} | {"bf16": args.device != "cpu"}
+    given = {k: getattr(args, k) for k in ("size", "epochs", "pretrain_epochs", "rates", "weights")
+             if getattr(args, k) is not None} | {"bf16": args.device != "cpu"}
     dataset = load_dataset(args.dataset, args.data_root)
     if not dataset.query:
         raise InputError(f"{dataset.name} has no queries, by which a study could be judged")
-    seeds = args.seeds or ([0] if args.study in ("demo", "evidence") else [0, 1, 2, 3, 4])
+    seeds = seeds or ([0] if args.study in ("demo", "evidence") else [0, 1, 2, 3, 4])
     name = args.study if args.dataset == "synthetic" else f"{args.study}_{Path(args.dataset).name}"
     study(args.study, dataset, seeds, given, Path(args.out or f"runs/{name}"), args.overwrite,
           Machine(args.device, args.workers,

@@ -145,7 +145,13 @@ def test_evidence_says_beforehand_how_long_it_takes(tiny, dataset, tmp_path, cap
     assert [(r.origin, r.before and r.before.epochs, r.recipe.epochs) for r in rows] == [
         ("random weights", None, 20), ("PersonViT", 25, 20)]
     study.say_how_long(rows, dataset, Machine(workers=0))                    # (20 + 25 + 20) x 16 images at 2 a second
-    assert "about 9 minutes here" in capsys.readouterr().out and asked == ["fine-tuning", "personvit"]
+    assert "about 9 minutes here" in capsys.readouterr().out and asked == ["personvit", "fine-tuning"]
+    # each at two learning rates: nobody is pre-trained for it once more
+    twice = study.rows_of("evidence", dataset, 0, GIVEN | {"rates": [1e-3, 0.002]})
+    assert [(r.group, r.recipe.lr) for r in twice] == [("vit_mini, rate 0.001", 1e-3)] * 2 + [("vit_mini, rate 0.002", 2e-3)] * 2
+    assert [dataclasses.replace(r, rate="", recipe=rows[0].recipe) for r in twice] == 2 * rows
+    study.say_how_long(twice, dataset, Machine(workers=0))                   # (25 + 4 x 20) x 16 images
+    assert "about 14 minutes here" in capsys.readouterr().out
 
 
 def test_table_means_spreads_and_pairs(capsys):
@@ -207,7 +213,7 @@ def test_mistakes_are_found_before_anything_is_trained(tmp_path, capsys):
             study.main([args[0], *usual, *args[1:]])
         assert not list(tmp_path.glob("out/*"))
     for args, words in ((["everything"], "invalid choice"),
-                        (["upreid", "--workers", "-1"], "--workers is at least 0"),
+                        (["upreid", "--workers", "-1"], "other numbers at least 0"),
                         (["upreid", "--epochs", "-1"], "--epochs"),
                         (["upreid", "--seeds", "3", "3"], "no seed counts twice")):
         with pytest.raises(SystemExit, match="2"):
