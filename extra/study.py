@@ -102,8 +102,8 @@ def few_shot(dataset, seed: int, given: dict) -> list[Row]:
 
 
 def demo(dataset, seed: int, given: dict) -> list[Row]:
-    """Each paper in a setting of minutes in which it pays with every seed tried (docs/results.md);
-    one seed of one that pays in the mean would at times show the opposite."""
+    """Each paper in a setting of minutes in which it pays, at this rate, with every seed tried
+    (docs/results.md); one seed of one that pays in the mean would at times show the opposite."""
     return (pairs("upreid", dataset, seed, {"pretrain_epochs": 12, "epochs": 12} | given, (0.1,)) +
             pairs("personvit", dataset, seed, {"pretrain_epochs": 8} | given, (0.3,)))
 
