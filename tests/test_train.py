@@ -36,7 +36,8 @@ from upreid import RESNETS, UPReID, UPReIDRecipe
 
 @pytest.fixture(autouse=True)
 def tiny_networks(monkeypatch):
-    """What is tested here does not depend on a network's size; scripts in processes of their own have the usual ones."""
+    """What is tested here does not depend on a network's size; scripts in processes of their own have the
+    usual ones, unless they take these from double.py."""
     for table in (VITS, RESNETS, ARCHS):
         for name in NETWORKS.keys() & table.keys():
             monkeypatch.setitem(table, name, NETWORKS[name])
