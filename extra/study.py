@@ -37,8 +37,8 @@ from data import (NAMES, InputError, PKSampler, Record, ShuffleSampler, command_
 from evaluate import build_backbone, device_name, evaluate, load_model, rank_features
 from extra.bench import staged
 from extra.pictures import draw_dots, draw_ranks
-from train import (METHODS, NORMS, Machine, Recipe, can_compile, fine_tune_and_evaluate, open_run,
-                   pair, pretrain)
+from train import (METHODS, Machine, Recipe, can_compile, fine_tune_and_evaluate, open_run, pair,
+                   pretrain, stored)
 
 RANDOM, TITLES = "random weights", {"upreid": "UP-ReID", "personvit": "PersonViT"}
 
@@ -299,10 +299,9 @@ def untrained(dataset, machine: Machine) -> dict:
     colours = rank_features(features[0], *labels[0], features[1], *labels[1])
     torch.manual_seed(0)
     recipe = Recipe.preset("synthetic")  # the usual size, whatever --size says
-    reading = {"size": recipe.size} | dict(zip(("mean", "std"), NORMS[recipe.norm]))
     # without BNNeck: a fresh one would change no ranking
-    network, _, _ = evaluate(build_backbone(recipe.arch, recipe.size), dataset, reading,
-                             workers=machine.workers)
+    network, _, _ = evaluate(build_backbone(recipe.arch, recipe.size), dataset,
+                             stored(recipe, dataset), workers=machine.workers)
     return {("no training", name): [result.numbers()]
             for name, result in (("colour histogram", colours), (recipe.arch, network))}
 
@@ -339,7 +338,8 @@ def print_table(table: dict, title: str) -> None:
     """A line per row: means in per cent +- standard deviation over seeds, and how much the mAP
     differs from random weights of the same seed."""
     heads = ("mAP", "rank-1", "rank-5", "rank-10", "mAP - random's")
-    print(f"\n{title}\n{'':<52}" + "".join(f"{head:>16}" for head in heads))
+    wide = max(50, *(len(f"{group}, {origin}") for group, origin in table))
+    print(f"\n{title}\n{'':<{wide + 2}}" + "".join(f"{head:>16}" for head in heads))
     for (group, origin), results in table.items():
         values = 100 * np.array([[r[k] for k in ("mAP", "rank1", "rank5", "rank10")]
                                  for r in results])                          # (seeds, 4)
@@ -348,7 +348,7 @@ def print_table(table: dict, title: str) -> None:
             columns.append(values[:, 0] - [100 * r["mAP"] for r in table[group, RANDOM]])
         cells = [f"{c.mean():.1f}" + (f" +- {c.std(ddof=1):.1f}" if len(c) > 1 else "")
                  for c in columns]
-        print(f"  {group + ', ' + origin:<50}" + "".join(f"{cell:>16}" for cell in cells))
+        print(f"  {group + ', ' + origin:<{wide}}" + "".join(f"{cell:>16}" for cell in cells))
 
 
 # ---------------------------------------------------------------------------------------------
