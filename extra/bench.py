@@ -5,9 +5,9 @@
    faster)
 2. a step of PersonViT beside the plain formulation that the reference code has; of UP-ReID beside
    MoCo v2's
-3. each training from files to weights, on a GPU eager and compiled: images per second of the data
-   alone, of the computation alone, of both; where a step's time goes; launches, memory, and the
-   arithmetic's own limit
+3. each training from files to weights, on a GPU eager, compiled, and compiled with CUDA graphs:
+   images per second of the data alone, of the computation alone, of both; where a step's time
+   goes; launches, memory, loss, and the arithmetic's own limit
 4. CMC, mAP and re-ranking at MSMT17's size, the first beside a dense textbook version
 5. LUPerson's size: 4.2 M paths listed, shuffled and read by 16 workers, and their memory
 """
@@ -222,6 +222,7 @@ def upreid_step(repeats: int, device: str, quick: bool) -> None:
 TRAININGS = {"fine-tuning, ResNet": ("resnet_tiny", "resnet50"),  # networks on a CPU, on a GPU
              "fine-tuning, ViT": ("vit_mini", "vit_small"), "personvit": ("vit_mini", "vit_small"),
              "upreid": ("resnet_tiny", "resnet50")}
+HOW = ("eager", "compiled", "compiled, CUDA graphs")
 
 
 class Enough(Exception):
@@ -265,9 +266,11 @@ class Stages:
         """In place of `make_loader`."""
         self.loader = args
         for batch in make_loader(*args):
-            yield batch
-            while self.stage() in self.names[2:]:
+            again = True
+            while again:
+                torch.compiler.cudagraph_mark_step_begin()  # what the last step wrote may go
                 yield batch
+                again = self.stage() in self.names[2:]
 
     def timed(self, phase: str, function):
         def wrapped(*args, **kwargs):
@@ -319,14 +322,14 @@ def staged(name: str, recipe, dataset, device: str, steps: int, backend: str) ->
     return stages
 
 
-def whole_loop(name: str, device: str, folder: str, steps: int, backend: str) -> str:
+def whole_loop(name: str, device: str, folder: str, steps: int, how: str) -> str:
     """One training from files to weights, in a process of its own: what limits it?"""
     multiprocessing.set_start_method("fork", force=True)  # of the workers, as in a training
     gpu = device != "cpu"  # recipes for one GPU, or for a laptop; images are the synthetic people's
     kind = train.METHODS[name][0] if name in train.METHODS else train.Recipe
     recipe = kind.preset("market1501" if gpu else "synthetic", TRAININGS[name][gpu])
     recipe, dataset = dataclasses.replace(recipe, bf16=gpu), load_dataset("synthetic", folder)
-    done = staged(name, recipe, dataset, device, steps, backend)
+    done = staged(name, recipe, dataset, device, steps, "" if how == "eager" else "inductor")
     memory = torch.cuda.max_memory_allocated() / 2 ** 20 if gpu else peak_rss()
     alone = iter(make_loader(*done.loader))
     B = len(next(alone)[0])  # workers have started
@@ -338,10 +341,11 @@ def whole_loop(name: str, device: str, folder: str, steps: int, backend: str) ->
     phases = ", ".join(f"{name} {1e3 * done.per_step('phases', total):.1f}"
                        for name, total in done.seconds.items())
     return (f"  {name} ({recipe.arch} {recipe.size[0]}x{recipe.size[1]}, batch {B}, "
-            f"{'compiled' if backend else 'eager'}), img/s: data alone {2 * steps * B / took:,.0f} "
+            f"{how}), img/s: data alone {2 * steps * B / took:,.0f} "
             f"({done.loader[-1]} workers), compute alone {compute['img_s']:,.0f}, both "
             f"{both['img_s']:,.0f}, waiting {both['wait']:.1%}\n    ms of a step: {phases}; "
-            f"{done.launches():,.0f} launches; peak memory {memory:,.0f} MB\n"
+            f"{done.launches():,.0f} launches; peak memory {memory:,.0f} MB; loss "
+            f"{both['total']:.4f}\n"
             f"    {work / 1e9:.2f} GFLOP per image at {rate / 1e9:,.0f} GFLOP/s of a matrix "
             f"product: at most {rate / work:,.0f} img/s, of which compute reaches "
             f"{compute['img_s'] * work / rate:.0%}")
@@ -358,10 +362,13 @@ def matrix_rate(device: str) -> float:
 def loops(device: str, quick: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         load_dataset("synthetic", folder)
-        for name, backend in itertools.product(TRAININGS, ("", "inductor") if device != "cpu" else
-                                               ("",)):
-            print(in_new_process(whole_loop, name, device, folder, 2 if quick else 7, backend),
-                  flush=True)
+        for name, how in itertools.product(TRAININGS, HOW if device != "cpu" else HOW[:1]):
+            os.environ["TORCHINDUCTOR_CUDAGRAPHS"] = str(int(how == HOW[-1]))  # PyTorch reads it
+            try:
+                print(in_new_process(whole_loop, name, device, folder, 2 if quick else 7, how),
+                      flush=True)
+            except RuntimeError as error:  # what a graph cannot hold must not end the others
+                print(f"  {name} ({how}): {error}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -430,11 +437,10 @@ def scale(folder: Path, quick: bool) -> None:
     Linux only."""
     links, steps = (40, 100) if quick else (3_850, 10_000)
     people = [Path(record.path) for record in load_dataset("synthetic", folder).train]
-    names = [path.name for path in people]
     (folder / "luperson").mkdir()
     for i in range(links):
         (folder / "luperson" / f"{i:05d}").symlink_to(people[0].parent)
-    lines = (f"{i:05d}/{name}\n" for i in range(links) for name in names)
+    lines = (f"{i:05d}/{path.name}\n" for i in range(links) for path in people)
     (folder / "luperson.index.txt").write_text("".join(lines))
     start, (before, _) = time.perf_counter(), memory_of_all()
     dataset = load_dataset("luperson", folder)

@@ -319,8 +319,7 @@ def cluster_page(file: str | Path, title: str, images: Tensor, clusters: Tensor,
     """
     n, C = len(images), len(examples)
     per_row, size = min(n, 10), 40
-    blocks = math.ceil(n / per_row)
-    sheet = Sheet(per_row, 2 * blocks, title)
+    sheet = Sheet(per_row, 2 * math.ceil(n / per_row), title)
     below = sheet.image.height
     page = Image.new("RGB", (max(sheet.image.width, 760), below + 24 + C * (size + 8)), "white")
     sheet.text(GAP, 6, title)

@@ -59,8 +59,7 @@ def market_tree(root: Path, ids: int = 4, images: int = 4, suffix=".jpg",
 def log_lines(folder: Path) -> list[dict]:
     """The log of a run without what a clock measured."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    clock = ("img_s", "wait", "left")
-    return [{k: v for k, v in line.items() if k not in clock} for line in lines]
+    return [{k: v for k, v in x.items() if k not in ("img_s", "wait", "left")} for x in lines]
 
 
 # Scripts start as children of a process that has imported what takes long (optimisers import

@@ -162,12 +162,8 @@ def evidence(dataset, seed: int, given: dict) -> list[Row]:
 
 
 STUDIES = {
-    "demo": demo,
-    "few-shot": few_shot,
-    "epochs": epochs,
-    "data": amounts,
-    "initialisation": initialisation,
-    "evidence": evidence,
+    "demo": demo, "few-shot": few_shot, "epochs": epochs, "data": amounts,
+    "initialisation": initialisation, "evidence": evidence,
     "upreid": variants("upreid", {
         "U1, instance contrast (MoCo v2)": dict(weight_global=0.0, weight_local=0.0),
         "U1 + U2, global consistency": dict(weight_local=0.0),
