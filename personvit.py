@@ -610,7 +610,7 @@ class PersonViTRecipe:
     VIT_BASE: ClassVar = dict(lr=7.5e-4, min_lr=2e-6, clip=0.3, freeze_last_layer=3,
                               norm_last_layer=True)
     # small images and networks on a CPU: warmer teachers (0.04 and more) go flat on so few images,
-    # and four times this rate does no good to what is fine-tuned; fewer epochs gain much less
+    # and four times this rate does no good to what is fine-tuned; 8 epochs gain much less
     # (docs/results.md) [ours]
     LAPTOP: ClassVar = dict(size=(128, 64), epochs=64, batch=32, lr=2e-3, warmup=2,
                             weight_decay_end=0.1, momentum=0.98, prototypes=1024, hidden=512,
