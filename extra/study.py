@@ -10,8 +10,8 @@
     evidence   ViT-S on one GPU, from random weights and after PersonViT; one seed
 
 Rows with the same network and share of labels are fine-tuned alike, and with the same seed on the
-same labelled people; --rates tries several learning rates of it, as a comparison is fair when each
-row is at its own best one. Each training has a folder below --out, so a study that was stopped goes
+same labelled people, --labelled SHARE of them; --rates tries several learning rates of it, as a
+comparison is fair when each row is at its own best one. Each training has a folder below --out, so a study that was stopped goes
 on with the same command; parts of it (--seeds 0 1, --seeds 2) may run side by side with the same
 --out, and the command with all seeds then trains nothing anew and prints the whole table.
 Read `pairs`, then `run_rows`.
@@ -81,16 +81,15 @@ def recipes(method: str, dataset, seed: int, given: dict):
                                 epochs=given.get("epochs", recipe.epochs)))
 
 
-def pairs(method: str, dataset, seed: int, given: dict, shares: tuple[float, ...]) -> list[Row]:
-    """Random weights and the method's pre-training, fine-tuned on shares of the identities. Without
-    labels all training images are seen in every row."""
+def pairs(method: str, dataset, seed: int, given: dict, shares=(1.0,)) -> list[Row]:
+    """Random weights and the method's pre-training, fine-tuned on shares of the identities, or on
+    the given one. Without labels all training images are seen in every row."""
     before, recipe = recipes(method, dataset, seed, given)
     rows, people = [], len({r.pid for r in dataset.train})
-    for share in shares:
+    for share in given.get("labelled", shares):
         few = round(share * people)
         if few < 2:
-            raise InputError(f"{dataset.name} has too few people: {share:.0%} of them are {few}, a "
-                             f"study needs 2")
+            raise InputError(f"a study needs 2 people: {share:.1%} of {dataset.name}'s are {few}")
         labelled = dataclasses.replace(recipe, labelled=share, ids=min(recipe.ids, few))
         rows += [Row(RANDOM, method, None, labelled), Row(TITLES[method], method, before, labelled)]
     return rows
@@ -111,16 +110,15 @@ def demo(dataset, seed: int, given: dict) -> list[Row]:
 def variants(method: str, changes: dict[str, dict]) -> Callable:
     """Rows that differ in the pre-training alone."""
     def rows(dataset, seed: int, given: dict) -> list[Row]:
-        before, recipe = recipes(method, dataset, seed, given)
-        return [Row(RANDOM, method, None, recipe)] + [
-            Row(name, method, dataclasses.replace(before, **change), recipe)
-            for name, change in changes.items()]
+        random, row = pairs(method, dataset, seed, given)
+        return [random] + [dataclasses.replace(row, origin=name, before=dataclasses.replace(
+            row.before, **change)) for name, change in changes.items()]
     return rows
 
 
 def epochs(dataset, seed: int, given: dict) -> list[Row]:
     """Accuracy against epochs of one pre-training, as PersonViT's Figure 3 has it."""
-    random, row = pairs("personvit", dataset, seed, given, (1.0,))
+    random, row = pairs("personvit", dataset, seed, given)
     part = max(row.before.epochs // 4, 1)
     return [random] + [dataclasses.replace(row, origin=f"PersonViT, {n} epochs", kept=n)
                        for n in range(part, row.before.epochs + 1, part)]
@@ -129,7 +127,7 @@ def epochs(dataset, seed: int, given: dict) -> list[Row]:
 def amounts(dataset, seed: int, given: dict) -> list[Row]:
     """Accuracy against the number of unlabelled images, as in PersonViT's Table 5, in equally many
     steps; the batches of few images are smaller."""
-    random, row = pairs("personvit", dataset, seed, given, (1.0,))
+    random, row = pairs("personvit", dataset, seed, given)
     rows, n, before = [random], len(dataset.train), row.before
     for share in (0.03, 0.25, 0.5, 1.0):
         few = round(share * n)
@@ -143,7 +141,7 @@ def amounts(dataset, seed: int, given: dict) -> list[Row]:
 
 def initialisation(dataset, seed: int, given: dict) -> list[Row]:
     """PersonViT from random and from given weights (--weights), which are fine-tuned alone, too."""
-    random, row = pairs("personvit", dataset, seed, given, (1.0,))
+    random, row = pairs("personvit", dataset, seed, given)
     if not given.get("weights"):
         raise InputError("the study of initialisations needs --weights FILE")
     return [random, row,
@@ -158,7 +156,7 @@ def evidence(dataset, seed: int, given: dict) -> list[Row]:
     calm = Recipe.LAPTOP | dict(size=given["size"], epochs=given["epochs"], lr=3e-4)
     return [dataclasses.replace(row, recipe=dataclasses.replace(row.recipe, **calm),
                                 before=row.before and dataclasses.replace(row.before, warmup=2))
-            for row in pairs("personvit", dataset, seed, given, (1.0,))]
+            for row in pairs("personvit", dataset, seed, given)]
 
 
 STUDIES = {
@@ -364,6 +362,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--size", type=pair, help="height x width, in both trainings; default: 128x64")
     add("--epochs", type=int, metavar="N", help="fine-tuning; default 24, demo 12, 24")
     add("--pretrain-epochs", type=int, metavar="N", help="pre-training; default 16, 64, demo 12, 8")
+    add("--labelled", nargs=1, type=float, metavar="SHARE", help="of the people to fine-tune on")
     add("--rates", nargs="+", type=float, metavar="LR", help="of the fine-tuning, each is tried")
     add("--weights", metavar="FILE", help="initialisation: the weights to start from")
     add("--out", metavar="DIR", help="default: runs/<study>, or runs/<study>_<dataset>")
@@ -378,15 +377,16 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
-    seeds, rates = args.seeds or [], args.rates or []
+    seeds, rates, (share,) = args.seeds or [], args.rates or [], args.labelled or [1]
     numbers = [args.workers, args.epochs or 0, args.pretrain_epochs or 0, *seeds, *rates]
-    if min(numbers) < 0 or args.threads < 1 or len(set(seeds)) < len(seeds):
-        parser.error("--threads is at least 1, other numbers at least 0, and no seed counts twice")
+    if min(numbers) < 0 or args.threads < 1 or len(set(seeds)) < len(seeds) or not 0 < share <= 1:
+        parser.error("--threads is at least 1, --labelled above 0 and at most 1, other numbers at "
+                     "least 0, and no seed counts twice")
     if "WORLD_SIZE" in os.environ:
         parser.error("a study runs in one process: start it with python, not with torchrun")
     torch.set_num_threads(args.threads)
-    given = {k: getattr(args, k) for k in ("size", "epochs", "pretrain_epochs", "rates", "weights")
-             if getattr(args, k) is not None} | {"bf16": args.device != "cpu"}
+    given = {"bf16": args.device != "cpu"} | {k: v for k, v in vars(args).items() if v is not None
+             and k in ("size", "epochs", "pretrain_epochs", "labelled", "rates", "weights")}
     dataset = load_dataset(args.dataset, args.data_root)
     if not dataset.query:
         raise InputError(f"{dataset.name} has no queries, by which a study could be judged")

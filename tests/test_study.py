@@ -72,11 +72,18 @@ def test_rows(tiny, name, rows, trained, shares):
     assert {r.recipe.labelled for r in got} == shares
 
 
+@pytest.mark.parametrize("name", study.STUDIES)
+def test_a_given_share_is_that_of_every_row(tiny, name):
+    rows = study.STUDIES[name](crowd(40), 0, GIVEN | {"labelled": [0.2], "weights": "w.pth"})
+    assert {(r.recipe.labelled, r.recipe.ids <= 8) for r in rows} == {(0.2, True)}
+    assert len({(r.group, r.origin) for r in rows}) == len(rows)
+
+
 def test_variants_change_what_their_names_say():
-    rows = {r.origin: r.before for r in study.STUDIES["upreid"](crowd(0), 0, GIVEN)}
+    rows = {r.origin: r.before for r in study.STUDIES["upreid"](crowd(2), 0, GIVEN)}
     assert [(b.weight_global, b.weight_local) for b in rows.values() if b] == [
         (0, 0), (1, 0), (0, 1), (1, 1)]
-    rows = [r.before for r in study.STUDIES["personvit"](crowd(0), 0, GIVEN) if r.before]
+    rows = [r.before for r in study.STUDIES["personvit"](crowd(2), 0, GIVEN) if r.before]
     assert [(b.masks, b.local_crops > 0) for b in rows] == [
         (True, True), (False, True), (True, False), (False, False)]
     assert len({dataclasses.replace(b, masks=True, local_crops=1) for b in rows}) == 1
@@ -206,7 +213,7 @@ def test_mistakes_are_found_before_anything_is_trained(tmp_path, capsys):
             (["upreid"], "64 needs that many images"),
             (["personvit", "--size", "16x16"], "is too small"),
             (["personvit", "--size", "8x8"], "patches are of 16 x 16"),
-            (["few-shot"], "10% of them are 0, a study needs 2"),
+            (["few-shot"], "needs 2 people: 10.0% of market1501's are 0"),
             (["few-shot", "--dataset", "market"], "did you mean market1501"),
             (["demo", "--dataset", str(tmp_path / "crops")], "has no queries")):
         with pytest.raises(InputError, match=words):
@@ -215,6 +222,7 @@ def test_mistakes_are_found_before_anything_is_trained(tmp_path, capsys):
     for args, words in ((["everything"], "invalid choice"),
                         (["upreid", "--workers", "-1"], "other numbers at least 0"),
                         (["upreid", "--epochs", "-1"], "--epochs"),
+                        (["upreid", "--labelled", "1.5"], "above 0 and at most 1"),
                         (["upreid", "--seeds", "3", "3"], "no seed counts twice")):
         with pytest.raises(SystemExit, match="2"):
             study.main(args)
