@@ -11,9 +11,10 @@
 
 Rows with the same network and share of labels are fine-tuned alike, and with the same seed on the
 same labelled people, --labelled SHARE of them; --rates tries several learning rates of it, as a
-comparison is fair when each row is at its own best one. Each training has a folder below --out, so a study that was stopped goes
-on with the same command; parts of it (--seeds 0 1, --seeds 2) may run side by side with the same
---out, and the command with all seeds then trains nothing anew and prints the whole table.
+comparison is fair when each row is at its own best one. Each training has a folder below --out, so
+a study that was stopped goes on with the same command; parts of it (--seeds 0 1, --seeds 2) may run
+side by side with the same --out, and the command with all seeds then trains nothing anew and prints
+the whole table.
 Read `pairs`, then `run_rows`.
 """
 
