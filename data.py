@@ -473,7 +473,7 @@ def read_image(path: str, size: tuple[int, int], interpolation: Image.Resampling
     """Decode any image mode to RGB and resize: uint8 (3, H, W) for size (H, W). Raises InputError
     that names the file when it cannot be decoded."""
     try:
-        content = Path(path).read_bytes()
+        content = b"" if Path(path).is_fifo() else Path(path).read_bytes()  # a pipe would wait
         with Image.open(io.BytesIO(content), formats=tuple(SUFFIXES.values())) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are too many, at "

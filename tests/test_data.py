@@ -473,6 +473,13 @@ def test_hostile_images_get_one_line_and_start_nothing(tmp_path, monkeypatch):
     assert not Path("started").exists()
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a system without pipes that have names")
+def test_a_pipe_is_no_image(tmp_path):
+    os.mkfifo(tmp_path / "x.jpg")                             # to open it would be to wait for a writer, for ever
+    with pytest.raises(InputError, match="x.jpg: cannot be read as an image .0 bytes that are none"):
+        read_image(str(tmp_path / "x.jpg"), (8, 4), BICUBIC)
+
+
 def test_resize_is_height_by_width(tmp_path):
     array = np.zeros((40, 10, 3), np.uint8)
     array[:20] = 255                                          # top half white
