@@ -117,6 +117,10 @@ class ResNet(nn.Module):
             if isinstance(module, nn.Conv2d):
                 # keeps the variance of gradients through ReLUs (He et al. 2015)
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            # deep networks start calmly: no block adds anything at first (Goyal et al. 2017); of
+            # one block a stage they learn less so (docs/results.md)
+            if isinstance(module, Bottleneck) and max(depths) > 1:
+                nn.init.zeros_(module.bn3.weight)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Last feature map: (B, 3, H, W) -> (B, embed_dim, h, w), h = H/16 for last_stride=1, H/32

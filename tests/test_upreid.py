@@ -61,6 +61,23 @@ def test_last_stride_refines_the_map_without_parameters():
     torch.testing.assert_close(fine(x), fine.forward_features(x).mean((2, 3)))
 
 
+def test_deep_networks_start_with_blocks_that_add_nothing():
+    torch.manual_seed(0)
+    net, x = upreid.ResNet((1, 2, 1, 1), 4), torch.rand(2, 16, 8, 4)      # after a ReLU: not negative
+    first, second = net.layer2
+    shortcut = first.downsample(x).relu()
+    torch.testing.assert_close(first(x), shortcut)
+    assert torch.equal(second(shortcut), shortcut)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for _ in range(2):                        # the first step frees the blocks, the second reaches all that is in them
+        optimizer.zero_grad()
+        net(torch.rand(2, 3, 32, 16)).square().mean().backward()
+        optimizer.step()
+    assert all(p.grad.abs().max() > 0 for p in net.parameters())
+    block = upreid.resnet_tiny().layer1[0]
+    assert all(m.weight.eq(1).all() for m in (block.bn1, block.bn2, block.bn3))
+
+
 @pytest.mark.parametrize("depths", [(1, 1, 1), (1, 1, 0, 1)])
 def test_bad_depths_raise(depths):
     with pytest.raises(ValueError, match="four stages"):
