@@ -117,8 +117,8 @@ class ResNet(nn.Module):
             if isinstance(module, nn.Conv2d):
                 # keeps the variance of gradients through ReLUs (He et al. 2015)
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            # deep networks start calmly: no block adds anything at first (Goyal et al. 2017); of
-            # one block a stage they learn less so (docs/results.md)
+            # gradients of a deep network explode unless its blocks add nothing at first (Goyal et
+            # al. 2017); with one block a stage it learns less that way (docs/results.md)
             if isinstance(module, Bottleneck) and max(depths) > 1:
                 nn.init.zeros_(module.bn3.weight)
 
