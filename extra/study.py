@@ -11,8 +11,9 @@
 
 Rows with the same network and share of labels are fine-tuned alike, and with the same seed on the
 same labelled people, --labelled SHARE of them; --rates tries several learning rates of it, as a
-comparison is fair when each row is at its own best one. Each training has a folder below --out, so
-a study that was stopped goes on with the same command; parts of it (--seeds 0 1, --seeds 2) may run
+comparison is fair when each row is at its own best one. Networks are a laptop's; --arch resnet50
+vit_small are those for one GPU, with their recipes. Each training has a folder below --out, so a
+study that was stopped goes on with the same command; parts of it (--seeds 0 1, --seeds 2) may run
 side by side with the same --out, and the command with all seeds then trains nothing anew and prints
 the whole table.
 Read `pairs`, then `run_rows`.
@@ -26,6 +27,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -70,16 +72,16 @@ class Row:
 
 def recipes(method: str, dataset, seed: int, given: dict):
     """Recipes of pre-training and fine-tuning, for a method's laptop network if no other is given;
-    given: bf16, and arch, size, epochs, pretrain_epochs where they differ from the usual ones."""
-    kind, arch = METHODS[method][0], given.get("arch")
-    before = kind.preset(dataset.name, arch) if arch else kind.preset("synthetic")
+    given: bf16, and arch (networks, one of them the method's), size, epochs, pretrain_epochs where
+    they differ from the usual ones."""
+    kind = METHODS[method][0]
+    own = [a for a in given.get("arch", ()) if a in get_args(get_type_hints(kind)["arch"])]
+    before = kind.preset(dataset.name, own[0]) if own else kind.preset("synthetic")
     recipe = Recipe.preset(dataset.name, before.arch)
-    people = len({r.pid for r in dataset.train})
     both = {"seed": seed, "size": given.get("size", before.size), "bf16": given["bf16"]}
     return (dataclasses.replace(before, **both,
                                 epochs=given.get("pretrain_epochs", before.epochs)),
-            dataclasses.replace(recipe, **both, ids=min(recipe.ids, people),
-                                epochs=given.get("epochs", recipe.epochs)))
+            dataclasses.replace(recipe, **both, epochs=given.get("epochs", recipe.epochs)))
 
 
 def pairs(method: str, dataset, seed: int, given: dict, shares=(1.0,)) -> list[Row]:
@@ -153,7 +155,7 @@ def initialisation(dataset, seed: int, given: dict) -> list[Row]:
 def evidence(dataset, seed: int, given: dict) -> list[Row]:
     """ViT-S at 128x64 on one GPU: does pre-training pay on this set? On Market-1501 ten minutes, as
     computed from an H100's speeds at 256x128 (docs/results.md)."""
-    given = {"arch": "vit_small", "size": (128, 64), "epochs": 20, "pretrain_epochs": 25} | given
+    given = {"arch": ["vit_small"], "size": (128, 64), "epochs": 20, "pretrain_epochs": 25} | given
     calm = Recipe.LAPTOP | dict(size=given["size"], epochs=given["epochs"], lr=3e-4)
     return [dataclasses.replace(row, recipe=dataclasses.replace(row.recipe, **calm),
                                 before=row.before and dataclasses.replace(row.before, warmup=2))
@@ -176,11 +178,12 @@ STUDIES = {
 }
 
 
-
 def rows_of(name: str, dataset, seed: int, given: dict) -> list[Row]:
     """The rows of a study, all of them at each learning rate of the fine-tuning that is to be tried
     (--rates): what is pre-trained may want another than random weights do."""
     rows = STUDIES[name](dataset, seed, given)
+    if unused := set(given.get("arch", ())) - {row.recipe.arch for row in rows}:
+        raise InputError(f"--arch {' '.join(unused)}: not a network, or not one of this study")
     return [dataclasses.replace(row, rate=f", rate {lr:g}",
                                 recipe=dataclasses.replace(row.recipe, lr=lr))
             for lr in given.get("rates", ()) for row in rows] or rows
@@ -255,7 +258,7 @@ def check(rows: list[Row], dataset) -> None:
 def study(name: str, dataset, seeds: list[int], given: dict, out: Path, overwrite: bool,
           machine: Machine) -> None:
     """All rows of a study over all seeds, a table after each seed, a picture at the end."""
-    start, table = time.perf_counter(), {}
+    start = time.perf_counter()
     pictures = [out / f"{name}.png"] + [out / "ranks.png"] * (name == "demo")
     taken = [p.name for p in pictures if p.exists()]
     if taken and not overwrite and not any(out.glob("*/recipe.json")):
@@ -266,8 +269,7 @@ def study(name: str, dataset, seeds: list[int], given: dict, out: Path, overwrit
         check(rows, dataset)
     if name == "evidence":
         say_how_long(rows, dataset, machine)
-    if name == "demo":
-        table = untrained(dataset, machine)
+    table = untrained(dataset, machine) if name == "demo" else {}
     for number, seed in enumerate(seeds, 1):
         rows = rows_of(name, dataset, seed, given)
         done = run_rows(rows, dataset, out, overwrite, machine)
@@ -288,10 +290,8 @@ def study(name: str, dataset, seeds: list[int], given: dict, out: Path, overwrit
 
 def untrained(dataset, machine: Machine) -> dict:
     """What is to be beaten: colours alone, and a network that has learnt nothing."""
-    labels = [([r.pid for r in part], [r.camid for r in part])
-              for part in (dataset.query, dataset.gallery)]
-    features = [colour_histograms(part) for part in (dataset.query, dataset.gallery)]
-    colours = rank_features(features[0], *labels[0], features[1], *labels[1])
+    colours = rank_features(*(x for part in (dataset.query, dataset.gallery) for x in (
+        colour_histograms(part), [r.pid for r in part], [r.camid for r in part])))
     torch.manual_seed(0)
     recipe = Recipe.preset("synthetic")  # the usual size, whatever --size says
     # without BNNeck: a fresh one would change no ranking
@@ -323,10 +323,9 @@ def colour_histograms(records: list[Record], size=(128, 64), bins: int = 8) -> T
 
 def heading(dataset, rows: list[Row], seeds: list[int]) -> str:
     """What a reader must know before believing a number: how many seeds, how many labels."""
-    shares = sorted({row.recipe.labelled for row in rows})
+    shares = ", ".join(f"{share:.0%}" for share in sorted({row.recipe.labelled for row in rows}))
     return (f"{dataset.name}, {len(dataset.query):,} queries; seed{'s' * (len(seeds) > 1)} "
-            f"{', '.join(map(str, seeds))}; labelled: "
-            f"{', '.join(f'{share:.0%}' for share in shares)} of the identities")
+            f"{', '.join(map(str, seeds))}; labelled: {shares} of the identities")
 
 
 def print_table(table: dict, title: str) -> None:
@@ -360,7 +359,8 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"{', '.join(NAMES)} or the path of a folder; default: synthetic")
     add("--data-root", default="data", help="folder that holds the datasets")
     add("--seeds", nargs="+", type=int, metavar="N", help="default: 0, of studies 0 to 4")
-    add("--size", type=pair, help="height x width, in both trainings; default: 128x64")
+    add("--arch", nargs="+", help="resnet50, vit_small or both; default: resnet_tiny, vit_mini")
+    add("--size", type=pair, help="height x width, in both trainings; default: the recipe's")
     add("--epochs", type=int, metavar="N", help="fine-tuning; default 24, demo 12, 24")
     add("--pretrain-epochs", type=int, metavar="N", help="pre-training; default 16, 64, demo 12, 8")
     add("--labelled", nargs=1, type=float, metavar="SHARE", help="of the people to fine-tune on")
@@ -387,7 +387,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("a study runs in one process: start it with python, not with torchrun")
     torch.set_num_threads(args.threads)
     given = {"bf16": args.device != "cpu"} | {k: v for k, v in vars(args).items() if v is not None
-             and k in ("size", "epochs", "pretrain_epochs", "labelled", "rates", "weights")}
+             and k in ("arch", "size", "epochs", "pretrain_epochs", "labelled", "rates", "weights")}
     dataset = load_dataset(args.dataset, args.data_root)
     if not dataset.query:
         raise InputError(f"{dataset.name} has no queries, by which a study could be judged")

@@ -79,6 +79,23 @@ def test_a_given_share_is_that_of_every_row(tiny, name):
     assert len({(r.group, r.origin) for r in rows}) == len(rows)
 
 
+def test_networks_for_one_gpu_come_with_their_recipes():
+    market = dataclasses.replace(crowd(100), name="market1501")
+    rows = study.rows_of("few-shot", market, 0, GIVEN | {"arch": ["vit_small", "resnet50"]})
+    assert {r.recipe.arch for r in rows} == {"vit_small", "resnet50"}
+    for r in rows:
+        usual = Recipe.preset("market1501", r.recipe.arch)
+        kept = {k: getattr(r.recipe, k) for k in ("labelled", "ids", "size", "bf16", "seed")}
+        assert r.recipe == dataclasses.replace(usual, **kept) and r.recipe.ids <= usual.ids
+        usual = study.METHODS[r.method][0].preset("market1501", r.recipe.arch)
+        assert r.before in (None, dataclasses.replace(usual, bf16=False, seed=0))
+    rows = study.rows_of("few-shot", market, 0, GIVEN | {"arch": ["vit_small"]})
+    assert {r.recipe.arch for r in rows} == {"vit_small", "resnet_tiny"}  # the other stays small
+    for name, arch in (("upreid", "vit_small"), ("epochs", "resnet50"), ("few-shot", "resnet9")):
+        with pytest.raises(InputError, match=f"--arch {arch}: not a network, or not one of this"):
+            study.rows_of(name, market, 0, GIVEN | {"arch": [arch]})
+
+
 def test_variants_change_what_their_names_say():
     rows = {r.origin: r.before for r in study.STUDIES["upreid"](crowd(2), 0, GIVEN)}
     assert [(b.weight_global, b.weight_local) for b in rows.values() if b] == [
