@@ -395,8 +395,8 @@ class PathList(Sequence):
     """A text file of relative paths; item i is Record(path, -1, -1).
 
     4.2 M paths as Python strings are half a gigabyte, and in each worker again, as counting
-    references writes to them; in one array they are the file's own size, and shared. Raises
-    InputError for an empty file and for a path that leaves the data folder.
+    references writes to them; in one array each takes as much as the longest, and all are shared.
+    Raises InputError for an empty file and for a path that leaves the data folder.
     """
 
     def __init__(self, file: Path, root: Path):
@@ -668,8 +668,9 @@ def from_step(sampler: PKSampler | ShuffleSampler, first: int, last: int):
 def step_generator(*key: int, device: str | torch.device = "cpu") -> torch.Generator:
     """A generator set by the key alone, so that going on at a step needs no stored state.
 
-    Keys in use, so that none shares another's numbers: (seed, step, place) views and masks; (seed,
-    step, 0, 1) noise of erasing; (seed, step, process, 2) stochastic depth.
+    Keys in use, so that none shares another's numbers but by chance (a CPU's generator keeps 32
+    bits): (seed, step, place) views and masks; (seed, step, 0, 1) noise of erasing; (seed, step,
+    process, 2) stochastic depth.
     """
     state = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
     return torch.Generator(device).manual_seed(state)
@@ -887,7 +888,8 @@ class FineTuneTransform:
     flip with probability 0.5; pad 10 black pixels, crop back at a random place; normalise; with
     probability 0.5 erase a rectangle of at least 2 % of the image, of aspect 0.3 to 1/0.3
     (timm's defaults [from memory]). noise: of up to a third, filled with normal noise per pixel
-    [PersonViT code]; else of up to 40 %, filled with the mean colour, 0 after normalisation [BoT].
+    [PersonViT code]; else of up to 40 %, filled with the mean colour, 0 after normalisation [BoT],
+    whose code erases after normalising, with the mean as it is before.
     """
 
     uniforms = 26  # numbers of an image

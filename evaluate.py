@@ -243,16 +243,17 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict]:
 
 
 def make_loader(dataset, batches, workers: int, collate=tuple):
-    """A DataLoader that yields collate(items) for each list of indices in `batches`, in their
-    order, made by worker processes (0: by this one). It has a random generator of its own, else
-    its start would take a number from stochastic depth's."""
+    """A DataLoader that yields collate(what the dataset gives) for each list of indices in
+    `batches`, in their order, made by worker processes (0: by this one): a list of items, or, of
+    `Images`, the whole batch. It has a random generator of its own, else its start would take a
+    number from stochastic depth's."""
     return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers,
                                        collate_fn=functools.partial(hand_over, collate),
                                        pin_memory=torch.cuda.is_available(),
                                        worker_init_fn=quiet_worker, generator=torch.Generator())
 
 
-def hand_over(collate, items: list):
+def hand_over(collate, items):
     """collate(items), in a worker moved to shared memory here: where that is full, PyTorch's thread
     that sends batches would print an error, drop the batch, and leave the main process waiting."""
     batch, in_worker = collate(items), torch.utils.data.get_worker_info()
@@ -376,7 +377,7 @@ class RankResult:
     def numbers(self) -> dict:
         """What results.json holds of a ranking."""
         return {"mAP": self.mAP, "mAP_market": self.mAPs["market"], "mINP": self.mINP,
-                **{f"rank{k}": float(self.cmc[k - 1]) for k in (1, 5, 10)},
+                **{f"rank{k}": float(self.cmc[k - 1]) for k in (1, 5, 10) if k <= len(self.cmc)},
                 "cmc": self.cmc.tolist(), "valid": self.valid, "queries": self.total}
 
 

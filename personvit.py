@@ -65,7 +65,7 @@ def resize_pos_embed(pos_embed: Tensor, source_grid: tuple[int, int], target_gri
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, (B, N, D) -> (B, N, D). Source: Vaswani et al. 2017."""
+    """Multi-head self-attention, (B, T, D) -> (B, T, D), T tokens. Source: Vaswani et al. 2017."""
 
     def __init__(self, embed_dim: int, num_heads: int):
         super().__init__()
@@ -74,17 +74,17 @@ class Attention(nn.Module):
         self.proj = nn.Linear(embed_dim, embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        B, N, D = x.shape
-        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                    # each (B, heads, N, D/heads)
+        B, T, D = x.shape
+        qkv = self.qkv(x).reshape(B, T, 3, self.num_heads, D // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                    # each (B, heads, T, D/heads)
         # = softmax(q k^T / sqrt(D/heads)) v; a fused kernel, where there is one, never stores the
-        # (N, N) matrix
-        x = F.scaled_dot_product_attention(q, k, v)             # (B, heads, N, D/heads)
-        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+        # (T, T) matrix
+        x = F.scaled_dot_product_attention(q, k, v)             # (B, heads, T, D/heads)
+        return self.proj(x.transpose(1, 2).reshape(B, T, D))
 
 
 class Mlp(nn.Module):
-    """Two linear layers with a GELU between, on every token alone: (B, N, D) -> (B, N, D)."""
+    """Two linear layers with a GELU between, on every token alone: (B, T, D) -> (B, T, D)."""
 
     def __init__(self, embed_dim: int, hidden_dim: int):
         super().__init__()
@@ -96,7 +96,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block with stochastic depth, (B, N, D) -> (B, N, D).
+    """Pre-norm transformer block with stochastic depth, (B, T, D) -> (B, T, D).
 
     drop_path: probability that an image skips a branch in training (Huang et al. 2016); it
     regularises like dropout, yet each network that remains is a plain ViT, only shallower.
@@ -388,7 +388,7 @@ class PersonViT(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, D))        # the student's alone
         self.student_temp, self.center_momentum = student_temp, center_momentum
         self.clip, self.freeze_last_layer = clip, freeze_last_layer
-        self.reference = {"ln_K": math.log(K)}                   # `cls` when all answers are alike
+        self.reference = {"ln_K": math.log(K)}                   # `cls` when all K are as likely
         for name in ("center", "patch_center", "new_center", "new_patch_center"):
             self.register_buffer(name, torch.zeros(K))
         self.forwards = 0                                        # since the centres last moved
@@ -425,10 +425,9 @@ class PersonViT(nn.Module):
     @torch.no_grad()
     def teach(self, views: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Teacher's scores of whole views: [CLS] (G, B, K), patches that are hidden from the
-        student (M, K) [PersonViT Eq. 6]; and the spread
-        of its features, sqrt(1 - |mean|^2) of unit vectors: 0 = all in one point, 1 = their mean is
-        0, which even a few clusters can have. Adds the mean scores to new_center and
-        new_patch_center, for `update_teacher`.
+        student (M, K) [PersonViT Eq. 6]; and the spread of its features, sqrt(1 - |mean|^2) of unit
+        vectors: 0 = all in one point, 1 = their mean is 0, which even a few clusters can have. Adds
+        the mean scores to new_center and new_patch_center, for `update_teacher`.
 
         No gradient: were the teacher trained too, both could lower the loss by giving every image
         the same answer."""
@@ -582,7 +581,7 @@ class PersonViTRecipe:
     batch: int = 512                    # images per step, of all processes [DINO for ReID]
     lr: float = 5e-4                    # peak learning rate, times batch / 256 [iBOT]
     min_lr: float = 1e-6                # learning rate at the end [iBOT]
-    warmup: int = 10                    # epochs of linear warm-up from 0 [iBOT]
+    warmup: int = 10                    # epochs of warm-up from 0; shorter runs miss the top [iBOT]
     weight_decay: float = 0.04          # on matrices, at the start [iBOT]
     weight_decay_end: float = 0.4       # ... and at the end of a cosine [iBOT]
     momentum: float = 0.996             # of the teacher, cosine to 1 [iBOT]
@@ -601,7 +600,7 @@ class PersonViTRecipe:
     local_crops: int = 8                # local views [DINO for ReID]; iBOT's author: 10
     masks: bool = True                  # hide patches from the student; without: DINO [PersonViT]
     global_scale: tuple[float, float] = (0.4, 1.0)   # of the area [DINO for ReID]
-    local_scale: tuple[float, float] = (0.05, 0.8)   # 0.05 [DINO], 0.8 [inferred], both [SOLIDER]
+    local_scale: tuple[float, float] = (0.05, 0.8)   # as [SOLIDER]; 0.05 [DINO], 0.8 [inferred]
     aspect: tuple[float, float] = (0.375, 0.667)     # width / height [inferred]
     seed: int = 0                       # of everything random
     bf16: bool = False                  # bfloat16 in the networks; on by default on a GPU
@@ -653,7 +652,7 @@ class PersonViTRecipe:
         steps, warmup = self.epochs * steps_per_epoch, self.warmup * steps_per_epoch
         peak = self.lr * self.batch / 256
         lr = cosine((step - warmup) / max(steps - warmup, 1), peak, self.min_lr)
-        if step < warmup:  # iBOT's ramp reaches the peak on its last step
+        if step < warmup:  # iBOT's ramp: 0 in the first step, the peak in its last
             lr = peak * step / max(warmup - 1, 1)
         epoch, t = step // steps_per_epoch, step / steps
         warm = 1.0 if epoch >= self.temp_warmup else epoch / max(self.temp_warmup - 1, 1)  # [iBOT]

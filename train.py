@@ -12,8 +12,8 @@ A run lives in its folder under runs/: recipe.json, log.jsonl, checkpoint_<step>
 its weights. The same command goes on where the folder stopped. Under torchrun several processes
 share each batch, and the first alone writes. In a step the main process only launches: what is
 random in views and masks was drawn by the workers (data.py; `make_loader`, in evaluate.py, starts
-them), and it looks at what the device has computed when a line of the log or a checkpoint is due,
-and at no other time.
+them), and it looks at what the device has computed when a line of the log, a checkpoint or a look
+at the mAP is due, and at no other time.
 
 Read `pretrain`, then `fine_tune`, then `Run`.
 """
@@ -44,8 +44,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import (IMAGENET_MEAN, IMAGENET_STD, NAMES, ContrastViews, FineTuneTransform, Images,
-                  InputError, MultiCrop, PKSampler, ShuffleSampler, command_line, cores,
+from data import (IMAGENET_MEAN, IMAGENET_STD, LUPERSON, NAMES, ContrastViews, FineTuneTransform,
+                  Images, InputError, MultiCrop, PKSampler, ShuffleSampler, command_line, cores,
                   erasing_noise, from_step, limit_of, load_dataset, some_identities,
                   step_generator, write_atomic)
 from evaluate import (ARCHS, ReIDModel, bfloat16_is_right, build_backbone, device_name, evaluate,
@@ -73,7 +73,7 @@ class Recipe:
     bias_lr: float = 2.0                # factor on the learning rate of biases
     weight_decay: float = 1e-4          # on every parameter
     schedule: Literal["cosine", "steps"] = "cosine"  # steps: x 0.1 after 1/3, 7/12 of epochs [BoT]
-    warmup: int = 20                    # epochs of linear warm-up from 1 % of the rate
+    warmup: int = 20                    # epochs of warm-up from 1 %; shorter runs miss the peak
     smoothing: float = 0.0              # label smoothing of the cross-entropy
     margin: float | None = None         # of the triplet; none: log(1 + exp(d_ap - d_an))
     labelled: float = 1.0               # share of the identities that are trained on [ours]
@@ -81,7 +81,7 @@ class Recipe:
     last_stride: Literal[1, 2] = 1      # stride of the last ResNet stage [BoT]
     erase: Literal["noise", "mean"] = "noise"        # what random erasing leaves
     norm: Literal["half", "imagenet"] = "half"       # mean and std: all 0.5, or ImageNet's
-    neck_feat: Literal["before", "after"] = "before"  # feature of the ranking: around the BNNeck
+    neck_feat: Literal["before", "after"] = "before"  # feature that ranks: before or after BNNeck
     seed: int = 1234                    # of everything random
     bf16: bool = False                  # bfloat16 in the network; on by default on a GPU
 
@@ -237,7 +237,7 @@ def pretrain(method: str, recipe: PersonViTRecipe | UPReIDRecipe, dataset, run: 
     make_views = compiled(objective, views_of, machine)
     sampler = ShuffleSampler(len(dataset.train), recipe.batch, recipe.seed, machine.rank,
                              machine.world, machine.accumulate)
-    model, meter = distributed(objective, machine), Meter(machine, dataset.train)
+    losses_of, meter = distributed(objective, machine), Meter(machine, dataset.train)
     parts = {"model": objective, "optimizer": optimizer}  # of a checkpoint
     # from here on the folder is this run's
     with run.begin(), stop_requests() as stop:
@@ -259,8 +259,8 @@ def pretrain(method: str, recipe: PersonViTRecipe | UPReIDRecipe, dataset, run: 
             for passes_left in reversed(range(machine.accumulate)):
                 images, drawn = next(loader)
                 views = make_views(*on_device(machine, images, drawn["numbers"])) | drawn["others"]
-                with network_pass(model, machine, recipe.bf16, passes_left):
-                    losses = model(views, **now)
+                with network_pass(losses_of, machine, recipe.bf16, passes_left):
+                    losses = losses_of(views, **now)
                 (losses["total"] / machine.accumulate).backward()
                 meter.add(losses, 1 / machine.accumulate)
             # clip or freeze, as the recipe says; the optimiser's step; then the teacher follows
@@ -274,18 +274,18 @@ def pretrain(method: str, recipe: PersonViTRecipe | UPReIDRecipe, dataset, run: 
     return objective
 
 
-def exported(objective: nn.Module, epoch: int, views, recipe) -> dict:
+def exported(objective: nn.Module, epoch: int, views_of, recipe) -> dict:
     """The backbone that is fine-tuned, with all that tells how to use it."""
-    return {"format": "reid-backbone", "recipe": asdict(recipe), "epoch": epoch, "size": views.size,
-            "mean": views.mean, "std": views.std,
+    return {"format": "reid-backbone", "recipe": asdict(recipe), "epoch": epoch,
+            "size": views_of.size, "mean": views_of.mean, "std": views_of.std,
             "backbone": objective.backbone_for_export().state_dict()}
 
 
-def keep_and_watch(objective: nn.Module, epoch: int, views, recipe, monitor, run: "Run",
+def keep_and_watch(objective: nn.Module, epoch: int, views_of, recipe, monitor, run: "Run",
                    machine: "Machine") -> None:
     """Between two epochs: keep the backbone apart, and log the mAP of its plain features (losses
     say little of what is learnt), where one or the other is due after `epoch` epochs."""
-    content = exported(objective, epoch, views, recipe)
+    content = exported(objective, epoch, views_of, recipe)
     if machine.keep_every and epoch and epoch % machine.keep_every == 0:
         run.save(f"backbone_e{epoch:04d}.pth", content)
     # by the first process alone: the batch norms of others have running statistics of their own
@@ -641,7 +641,7 @@ class Run:
                     raise  # no fault of the file's
                 print(f"WARNING: {path} is damaged ({str(error)[:150]})", flush=True)
         made = [*found, *self.folder.glob("backbone.pth"), *self.folder.glob("model.pth")]
-        if made and not step:
+        if made and not step and self.recipe["epochs"]:
             raise InputError(f"{made[0]}: no checkpoint is whole from which the run could go on; "
                              f"--overwrite starts from the first step")
         if len(set(everyones(step))) > 1:
@@ -796,10 +796,11 @@ def parse_args(argv: list[str] | None = None):
     first.add_argument("--arch")  # the recipe's own flag, with its choices, takes its place
     known, _ = first.parse_known_args(argv)
     kind = METHODS[known.pretrain][0] if known.pretrain else Recipe
-    name = Path(known.dataset).stem.lower()            # data/luperson and luperson.txt are luperson
+    # data/LUP and luperson.txt are LUPerson for `load_dataset`, too
+    name = LUPERSON.sub("luperson", Path(known.dataset).name.lower().removesuffix(".txt"))
     usual = replace(kind.preset(name, known.arch), bf16=known.device != "cpu")
     parser = argparse.ArgumentParser(
-        description="Fine-tune for ReID and evaluate, or pre-train. Values are of this very line.",
+        description="Fine-tune for ReID and evaluate, or pre-train. Defaults depend on this line.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter, parents=[first], allow_abbrev=False,
         conflict_handler="resolve")
     add = parser.add_argument
@@ -817,7 +818,7 @@ def parse_args(argv: list[str] | None = None):
     add("--accum", type=int, default=1, metavar="N", help="pre-training: passes of a step")
     add("--keep-every", type=int, default=0, metavar="EPOCHS", help="pre-training: keep backbones")
     add("--monitor", metavar="NAME", help="pre-training: labelled dataset to watch mAP on")
-    add("--monitor-every", type=int, default=10, metavar="N", help="each N epochs and at the end")
+    add("--monitor-every", type=int, default=10, metavar="N", help="at first, each N epochs, last")
     add_recipe_flags(parser.add_argument_group("recipe"), usual)
     args = parser.parse_args(argv)
     for flag, value in vars(args).items():

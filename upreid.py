@@ -13,7 +13,7 @@ are this project's reading, tagged [ours]. They extend LUPerson's MoCo v2, which
     queue      keys of past batches, at first random vectors         (K, d)
     a, b       = f, g of M stripes of x, augmented twice; own head   (B, M, d)
     D, d       width of the ResNet's feature, and of its projection (128)
-    L_con      find k among the queue by q                           info_nce             [ours U1]
+    L_con      find k among k and the queue by q                     info_nce             [ours U1]
     L_glob     q and o should find the same keys similar             global_consistency   [ours U2]
     L_loc      find stripe m among the stripes of x                  intrinsic_contrast   [ours U3]
     L        = L_con + weight_global L_glob + weight_local L_loc                          [ours U4]
@@ -172,10 +172,9 @@ def global_consistency(q: Tensor, o: Tensor, queue: Tensor, temperature: float) 
 
     [UP-ReID abstract]: augmented and original image shall agree. The original has all the clues
     that augmentation may destroy; which other people it resembles is a target that contrast alone
-    does not give. Form, after CO2 (arXiv 2010.02217; half the symmetric KL, as lightly implements
-    it, which also has the positive among the entries and detaches neither side) [CO2]: with P =
-    softmax(q.n_i / T) and R = softmax(o.n_i / T) over the queue, L = mean of (KL(P||R) + KL(R||P))
-    / 2.
+    does not give. With P = softmax(q.n_i / T), R = softmax(o.n_i / T) over the queue, L = mean of
+    (KL(P||R) + KL(R||P)) / 2. Form after CO2 (arXiv 2010.02217; half the symmetric KL, as lightly
+    implements it, which also has the positive among the entries and detaches neither side) [CO2].
     """
     log_p = (q @ queue.T / temperature).log_softmax(1)                       # (B, K)
     # o comes without a gradient; detached all the same, so that this function is right by itself
@@ -269,7 +268,7 @@ class UPReID(nn.Module):
         k, o = self.encode_keys(views)                                             # (B, d) each
         self.new_keys.append(gathered(k))
         a, b = self.encode_stripes(views) if self.weight_local else (None, None)   # (B, M, d) each
-        # not in bfloat16: a temperature of 0.1 magnifies its rounding of similarities ten times
+        # not in bfloat16: temperatures of 0.1 and 0.05 magnify its rounding 10 and 20 times
         with torch.autocast(q.device.type, enabled=False):
             losses = {"instance": info_nce(q, k, self.queue, self.temperature)}
             total = losses["instance"]

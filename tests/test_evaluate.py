@@ -65,20 +65,22 @@ def random_problem(seed: int):
 @pytest.mark.parametrize("seed", range(200))
 def test_cmc_map_equals_the_definition(seed):
     dist, qp, gp, qc, gc, qi, gi = random_problem(seed)
+    most = 1 + seed % 12
     images = dict(q_images=qi, g_images=gi) if seed % 2 else {}
-    cmc, APs, valid = by_definition(dist, qp, gp, qc, gc, 12, **images)
+    cmc, APs, valid = by_definition(dist, qp, gp, qc, gc, most, **images)
     if not valid:
         with pytest.raises(InputError, match="no query has a right answer"):
-            cmc_map(dist, qp, gp, qc, gc, 12, **images)
+            cmc_map(dist, qp, gp, qc, gc, most, **images)
         return
     for ap in ("step", "market"):
-        result = cmc_map(dist, qp, gp, qc, gc, 12, ap=ap, **images)
+        result = cmc_map(dist, qp, gp, qc, gc, most, ap=ap, **images)
         assert result.mINP == pytest.approx(np.nanmean(APs["INP"])) and f"mINP {result.mINP:.2%}" in str(result)
         np.testing.assert_allclose(result.cmc, cmc, atol=1e-12)
         np.testing.assert_allclose(result.AP, APs[ap], atol=1e-12)
         assert result.mAP == pytest.approx(np.nanmean(APs[ap])) and result.mAP == result.mAPs[ap]
         assert (result.valid, result.total) == (valid, len(qp))
         assert f"valid queries {valid}/{len(qp)}" in str(result)
+        assert result.numbers()["cmc"] == result.cmc.tolist() and ("rank10" in result.numbers()) == (most >= 10)
 
 
 def test_equals_reference():

@@ -142,6 +142,15 @@ def test_recipes():
     assert all(Recipe.preset(d, a).arch == a for d in ("synthetic", "market1501", "msmt17") for a in ARCHS)
 
 
+@pytest.mark.parametrize("path, known", [
+    ("data/LUP", "luperson"), ("LUPerson-NL", "luperson"), ("lists/luperson.txt", "luperson"), ("data/synthetic", "synthetic"),
+    ("data/synthetic.v2", "folder"), ("data/lupine", "folder"), ("people.txt", "folder")])
+def test_a_path_gets_the_recipe_of_what_is_read_there(path, known):
+    for flags in ([], ["--pretrain", "personvit"], ["--pretrain", "upreid"]):
+        given, usual = (train.parse_args([*flags, "--dataset", name])[1] for name in (path, known))
+        assert given == usual
+
+
 # ---- the loops: three trainings in this process ----------------------------------------------
 
 TINY = Recipe(arch="vit_mini", size=(32, 16), epochs=2, ids=3, images=2, lr=0.01, warmup=1, drop_path=0.3, seed=5)
@@ -970,6 +979,19 @@ def test_damaged_results_are_measured_again(dataset, tmp_path, capsys):
         capsys.readouterr()
         assert run() == first and "going on at step" in capsys.readouterr().out
     assert run() == first and "is finished; --overwrite starts over" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("recipe", [dataclasses.replace(TINY, epochs=0), dataclasses.replace(SMALL_UP, epochs=0)], ids=["fine", "pre"])
+def test_a_run_of_no_epochs_goes_on_like_any_other(recipe, dataset, tmp_path, capsys):
+    """Its weights are written without a checkpoint; and, as here, no results show that it is finished."""
+    dataset = dataclasses.replace(dataset, query=[])
+    for turn in range(2):
+        if recipe.arch == "vit_mini":
+            assert train.fine_tune_and_evaluate(recipe, dataset, tmp_path, False, None, Machine("cpu", 0)) is None
+        else:
+            run = train.open_run(tmp_path, recipe, dataset, False, Machine("cpu", 0), pretrain="upreid")
+            train.pretrain("upreid", recipe, dataset, run, Machine("cpu", 0))
+        assert len([*tmp_path.glob("[mb]*.pth")]) == 1 and not [*tmp_path.glob("checkpoint*")]
 
 
 METHODS = pytest.mark.parametrize("flags", [[], ["--pretrain", "personvit"], ["--pretrain", "upreid"]],
