@@ -235,7 +235,8 @@ def list_images(folder: Path) -> list[str]:
 
     for here, folders, files in os.walk(folder, onerror=fail, followlinks=True):
         real = os.path.realpath(here)
-        folders[:] = sorted(folders) if real not in seen else []             # links may go round
+        # links may go round; hidden folders hold copies (.ipynb_checkpoints, .thumbnails, @eaDir)
+        folders[:] = [] if real in seen else sorted(f for f in folders if f[0] not in ".@")
         # Market's folders also hold Thumbs.db, those that macOS has touched ._name.jpg
         files = [] if real in seen else sorted(f for f in files if not f.startswith("."))
         found += [os.path.join(here, f) for f in files if f.lower().endswith(tuple(SUFFIXES))]
@@ -482,7 +483,7 @@ def read_image(path: str, size: tuple[int, int], interpolation: Image.Resampling
             ImageOps.exif_transpose(image, in_place=True)  # phones store photos on their side
             image = image.convert("RGB").resize(size[::-1], interpolation)  # Pillow: (W, H)
     except Exception as error:  # broken bytes make decoders raise anything at all
-        if isinstance(error, OSError) and limit_of(error):
+        if isinstance(error, (OSError, MemoryError)) and limit_of(error):
             raise  # no fault of the image's
         none = isinstance(error, UnidentifiedImageError) and f"{len(content)} bytes that are none"
         reason = none or getattr(error, "strerror", None) or str(error) or repr(error)

@@ -254,7 +254,8 @@ def pretrain(method: str, recipe: PersonViTRecipe | UPReIDRecipe, dataset, run: 
             for group in optimizer.param_groups:
                 group["lr"] = rates["lr"]
                 group["weight_decay"] = rates["weight_decay"] * group["decay"]
-            seed_device(recipe.seed, step, machine)
+            # stochastic depth draws from the device's own generator
+            torch.manual_seed(step_generator(recipe.seed, step, machine.rank, 2).initial_seed())
             # a step may be cut into passes, whose gradients add up, for less memory
             for passes_left in reversed(range(machine.accumulate)):
                 images, drawn = next(loader)
@@ -333,7 +334,8 @@ def fine_tune(recipe: Recipe, dataset, run: "Run", weights: str | None,
         for step in range(first, last):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(recipe, step // len(sampler), group["scale"])
-            seed_device(recipe.seed, step, machine)
+            # stochastic depth draws from the device's own generator
+            torch.manual_seed(step_generator(recipe.seed, step, machine.rank, 2).initial_seed())
             images, drawn = next(loader)
             images, numbers, pids = on_device(machine, images, drawn["numbers"], drawn["pids"])
             noise = None if recipe.erase == "mean" else erasing_noise(
@@ -362,9 +364,10 @@ def fine_tune_and_evaluate(recipe: Recipe, dataset, out, overwrite: bool, weight
                          f"like 0002_c1 or a folder for each person; else they serve --pretrain")
     dataset = replace(dataset, train=some_identities(dataset.train, recipe.labelled, recipe.seed))
     run = open_run(out, recipe, dataset, overwrite, machine, weights=weights)
-    with contextlib.suppress(FileNotFoundError, ValueError):  # if damaged, evaluate again
+    # if damaged, evaluate again
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
         numbers = json.loads((run.folder / "results.json").read_text())
-        if not overwrite:
+        if 0 <= numbers["mAP"] <= 1 and not overwrite:
             print(f"{run.folder} is finished; --overwrite starts over")
             return numbers
     model = fine_tune(recipe, dataset, run, weights, machine)
@@ -377,7 +380,8 @@ def fine_tune_and_evaluate(recipe: Recipe, dataset, out, overwrite: bool, weight
                             bf16=recipe.bf16 and machine.device != "cpu")
     numbers = result.numbers() | {"similarity": similarity_ranges(q, g),
                                   "minutes": round(run.seconds / 60, 1)}
-    run.compare()  # the folder may have been taken over meanwhile
+    run.compare()  # the folder may have been taken over meanwhile ...
+    (run.folder / "model.pth").stat()  # ... by the same recipe with --overwrite
     run.save("results.json", json.dumps(numbers, indent=1).encode())
     print(result)
     return numbers
@@ -432,19 +436,13 @@ def checked(recipe, module: nn.Module, crops: Images, sampler, run: "Run", machi
     return recipe
 
 
-def seed_device(seed: int, step: int, machine: "Machine") -> None:
-    """Stochastic depth draws from the device's own generator, set by (seed, step, process)."""
-    torch.manual_seed(step_generator(seed, step, machine.rank, 2).initial_seed())
-
-
 def distributed(module: nn.Module, machine: "Machine") -> nn.Module:
     """The module itself, or one that averages its gradients over all processes."""
-    if machine.world == 1:
-        return module
     # PyTorch 2.14 has another name for it, 2.6 only this one
     warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
     # inputs stay where they are (masks on the CPU); buffers stay each process's own
-    return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+    return module if machine.world == 1 else nn.parallel.DistributedDataParallel(
+        module, broadcast_buffers=False)
 
 
 @contextlib.contextmanager
@@ -757,10 +755,11 @@ PARSERS = {tuple[int, int]: pair, tuple[float, float]: pair,
            float | None: lambda text: None if text.lower() == "none" else float(text)}
 
 
-# flags of numbers that are more than 0, and of those that are at most 1
+# flags of numbers that are more than 0, and the most that others may be
 POSITIVE = re.compile("threads|save_every|accum|monitor_every|batch|ids|images|prototypes|hidden|"
                       r"bottleneck|queue|dim|clip|aspect|labelled|\w+_temp.*|temperature.*")
-SHARES = ("smoothing", "labelled", "momentum", "drop_path", "global_scale", "local_scale")
+MOST = {"threads": 1024, "workers": 1024} | dict.fromkeys(
+    ("smoothing", "labelled", "momentum", "drop_path", "global_scale", "local_scale"), 1)
 
 
 def add_recipe_flags(parser: argparse.ArgumentParser, usual) -> None:
@@ -772,11 +771,22 @@ def add_recipe_flags(parser: argparse.ArgumentParser, usual) -> None:
         choices = get_args(kind) if get_origin(kind) is Literal else None
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {
             "type": PARSERS.get(kind, type(value)), "choices": choices}
-        if isinstance(value, tuple):
-            value = "x".join(map(str, value))
+        shown = "x".join(map(str, value)) if isinstance(value, tuple) else value
         parser.add_argument(f"--{field.name.replace('_', '-')}", **how,
-                            default="none" if value is None else value,
+                            default="none" if value is None else shown,
                             help=comments[field.name].replace("%", "%%"))
+
+
+def check_values(parser: argparse.ArgumentParser, args) -> None:
+    """End with one line for a number that makes no sense."""
+    for flag, value in vars(args).items():
+        least, most = 1e-9 * bool(POSITIVE.fullmatch(flag)), MOST.get(flag, 1e9)
+        for number in value if isinstance(value, (tuple, list)) else (value,):
+            if value == "" or isinstance(number, (int, float)) and not least <= number <= most:
+                parser.error(f"--{flag.replace('_', '-')} {value}: must be "
+                             f"{'more than' if least else 'at least'} 0, at most {most:g}")
+    if not all(n % 1 == 0 and 8 <= n <= 4096 for n in args.size or ()):
+        parser.error(f"--size {args.size}: two whole numbers from 8 to 4096, as 256x128")
 
 
 def can_compile(device: str) -> bool:
@@ -821,14 +831,7 @@ def parse_args(argv: list[str] | None = None):
     add("--monitor-every", type=int, default=10, metavar="N", help="at first, each N epochs, last")
     add_recipe_flags(parser.add_argument_group("recipe"), usual)
     args = parser.parse_args(argv)
-    for flag, value in vars(args).items():
-        least, most = 1e-9 * bool(POSITIVE.fullmatch(flag)), 1 if flag in SHARES else 1e9
-        for number in value if isinstance(value, tuple) else (value,):
-            if value == "" or isinstance(number, (int, float)) and not least <= number <= most:
-                parser.error(f"--{flag.replace('_', '-')} {value}: must be "
-                             f"{'more than' if least else 'at least'} 0, at most {most:g}")
-    if not all(n % 1 == 0 and 8 <= n <= 4096 for n in args.size):
-        parser.error(f"--size {args.size}: two whole numbers from 8 to 4096, as 256x128")
+    check_values(parser, args)
     if (args.accum > 1 or args.monitor or args.keep_every) and not args.pretrain:
         parser.error("--accum, --monitor and --keep-every are for --pretrain")
     return args, kind(**{field.name: getattr(args, field.name) for field in fields(kind)})

@@ -34,7 +34,7 @@ import torchvision
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from data import Images, MultiCrop, ShuffleSampler, from_step, load_dataset
+from data import Images, MultiCrop, ShuffleSampler, command_line, from_step, load_dataset
 from evaluate import device_name, make_loader, rank_features
 from personvit import Attention, PersonViT, PersonViTRecipe, vit_small
 from upreid import UPReID, UPReIDRecipe, resnet50
@@ -480,4 +480,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)

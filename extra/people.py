@@ -12,6 +12,7 @@ anything else. Read `make_synthetic`, then `render`, then as deep as you like.
 
 import functools
 import itertools
+import os
 import shutil
 import signal
 import tempfile
@@ -348,6 +349,14 @@ def plan(folder, train_ids, test_ids, seed, cameras, size):
             yield job("bounding_box_test", label, owner, 99, rng.integers(cameras) + 1, kind)
 
 
+def stay_with(parent: int) -> None:
+    """In a worker: Ctrl-C is for the parent, after whose end, whatever it was, none goes on."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGALRM"):  # not on Windows
+        signal.signal(signal.SIGALRM, lambda *_: os.getppid() == parent or os._exit(1))
+        signal.setitimer(signal.ITIMER_REAL, 1, 1)
+
+
 def make_synthetic(root, train_ids=100, test_ids=100, seed=0, cameras=6, size=(128, 64),
                    workers=None):
     """Draw a Market-1501 style set of `size` (height, width) JPEGs under `root`, return its Path.
@@ -367,8 +376,7 @@ def make_synthetic(root, train_ids=100, test_ids=100, seed=0, cameras=6, size=(1
             (partial / part).mkdir()
         jobs = list(plan(partial, train_ids, test_ids, seed, cameras, size))
         # not multiprocessing's Pool, which waits for ever for a worker that was killed
-        with ProcessPoolExecutor(workers, initializer=signal.signal,
-                                 initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
+        with ProcessPoolExecutor(workers, initializer=stay_with, initargs=[os.getpid()]) as pool:
             list(pool.map(render, jobs, chunksize=16))
         partial.chmod(0o755)  # mkdtemp's folders are private
         try:

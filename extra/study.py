@@ -40,8 +40,8 @@ from data import (NAMES, InputError, PKSampler, Record, ShuffleSampler, command_
 from evaluate import build_backbone, device_name, evaluate, load_model, rank_features
 from extra.bench import staged
 from extra.pictures import draw_dots, draw_ranks
-from train import (METHODS, Machine, Recipe, can_compile, fine_tune_and_evaluate, open_run, pair,
-                   pretrain, stored)
+from train import (METHODS, Machine, Recipe, can_compile, check_values, fine_tune_and_evaluate,
+                   open_run, pair, pretrain, stored)
 
 RANDOM, TITLES = "random weights", {"upreid": "UP-ReID", "personvit": "PersonViT"}
 
@@ -133,7 +133,7 @@ def amounts(dataset, seed: int, given: dict) -> list[Row]:
     random, row = pairs("personvit", dataset, seed, given)
     rows, n, before = [random], len(dataset.train), row.before
     for share in (0.03, 0.25, 0.5, 1.0):
-        few = round(share * n)
+        few = max(round(share * n), 1)
         batch = min(before.batch, few)
         steps = before.epochs * (n // before.batch)
         recipe = dataclasses.replace(before, batch=batch, epochs=max(steps // (few // batch), 1))
@@ -145,8 +145,6 @@ def amounts(dataset, seed: int, given: dict) -> list[Row]:
 def initialisation(dataset, seed: int, given: dict) -> list[Row]:
     """PersonViT from random and from given weights (--weights), which are fine-tuned alone, too."""
     random, row = pairs("personvit", dataset, seed, given)
-    if not given.get("weights"):
-        raise InputError("the study of initialisations needs --weights FILE")
     return [random, row,
             dataclasses.replace(random, origin="given weights", start=given["weights"]),
             dataclasses.replace(row, origin="PersonViT from given weights", start=given["weights"])]
@@ -231,8 +229,8 @@ def say_how_long(rows: list[Row], dataset, machine: Machine) -> None:
                                          for row in rows)]:
         key = name, recipe.arch, recipe.size
         if key not in speeds:
-            done = staged(name, recipe, dataset, machine.device, 5, machine.backend)
-            speeds[key] = done.lines["both"]["img_s"]
+            speeds[key] = staged(name, dataclasses.replace(recipe, epochs=99), dataset,
+                                 machine.device, 5, machine.backend).lines["both"]["img_s"]
         minutes += recipe.epochs * share * len(dataset.train) / speeds[key] / 60
     print(f"the trainings will take about {minutes:.0f} minutes here, a seed")
 
@@ -261,7 +259,7 @@ def study(name: str, dataset, seeds: list[int], given: dict, out: Path, overwrit
     start = time.perf_counter()
     pictures = [out / f"{name}.png"] + [out / "ranks.png"] * (name == "demo")
     taken = [p.name for p in pictures if p.exists()]
-    if taken and not overwrite and not any(out.glob("*/recipe.json")):
+    if taken and not overwrite and not any(out.glob(f"*_{file_name(RANDOM)}_*/recipe.json")):
         raise InputError(f"{out} is no study's folder, and {' and '.join(taken)} in it would be "
                          f"replaced; choose another with --out")
     for seed in seeds:
@@ -276,9 +274,8 @@ def study(name: str, dataset, seeds: list[int], given: dict, out: Path, overwrit
         for key, (results, _) in done.items():
             table.setdefault(key, []).append(results)
         print_table(table, heading(dataset, rows, seeds[:number]))
-    groups: dict = {}
-    for (group, origin), results in table.items():
-        groups.setdefault(group, {})[origin] = [100 * r["mAP"] for r in results]
+    groups = {group: {name: [100 * r["mAP"] for r in results] for (other, name), results in
+                      table.items() if other == group} for group, _ in table}
     draw_dots(pictures[0], f"{name} on {dataset.name}: mAP in % of each seed, and the mean", groups)
     print(f"\npicture in {pictures[0]}; {(time.perf_counter() - start) / 60:.1f} minutes")
     if name == "demo":
@@ -378,20 +375,19 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
-    seeds, rates, (share,) = args.seeds or [], args.rates or [], args.labelled or [1]
-    numbers = [args.workers, args.epochs or 0, args.pretrain_epochs or 0, *seeds, *rates]
-    if min(numbers) < 0 or args.threads < 1 or len(set(seeds)) < len(seeds) or not 0 < share <= 1:
-        parser.error("--threads is at least 1, --labelled above 0 and at most 1, other numbers at "
-                     "least 0, and no seed counts twice")
+    check_values(parser, args)
+    if (args.study == "initialisation") != bool(args.weights) or args.weights and args.overwrite:
+        parser.error("--weights FILE, without --overwrite, is for the study of initialisations")
+    usual = [0] if args.study in ("demo", "evidence") else [0, 1, 2, 3, 4]
+    seeds = list(dict.fromkeys(args.seeds or usual))  # none counts twice
     if "WORLD_SIZE" in os.environ:
         parser.error("a study runs in one process: start it with python, not with torchrun")
     torch.set_num_threads(args.threads)
     given = {"bf16": args.device != "cpu"} | {k: v for k, v in vars(args).items() if v is not None
              and k in ("arch", "size", "epochs", "pretrain_epochs", "labelled", "rates", "weights")}
     dataset = load_dataset(args.dataset, args.data_root)
-    if not dataset.query:
-        raise InputError(f"{dataset.name} has no queries, by which a study could be judged")
-    seeds = seeds or ([0] if args.study in ("demo", "evidence") else [0, 1, 2, 3, 4])
+    if not (dataset.query and dataset.gallery):
+        raise InputError(f"{dataset.name} has no queries, or no gallery, to judge a study by")
     name = args.study if args.dataset == "synthetic" else f"{args.study}_{Path(args.dataset).name}"
     study(args.study, dataset, seeds, given, Path(args.out or f"runs/{name}"), args.overwrite,
           Machine(args.device, args.workers,

@@ -209,6 +209,10 @@ def test_files_that_systems_leave_behind_change_nothing(tmp_path):
     before = load_dataset("market1501", tmp_path)
     for name in ("._0001_c1s1_000001_00.jpg", ".DS_Store", "Thumbs.db"):     # macOS, Windows
         (root / "query" / name).write_bytes(b"x")
+    image = sorted((root / "query").glob("0*.jpg"))[0]
+    for name in (".ipynb_checkpoints", ".thumbnails", "@eaDir"):             # Jupyter, desktops, Synology: copies
+        (root / "query" / name).mkdir()
+        shutil.copy(image, root / "query" / name / image.name)
     (tmp_path / "query").mkdir()                             # a folder of this name makes no set
     assert load_dataset("market1501", tmp_path) == before
     assert load_dataset(str(root)).has_cameras

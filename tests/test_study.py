@@ -151,8 +151,6 @@ def test_fewer_images_are_seen_in_as_many_steps(tiny):
 
 
 def test_initialisation_starts_from_given_weights(tiny, dataset, tmp_path):
-    with pytest.raises(InputError, match="needs --weights FILE"):
-        study.STUDIES["initialisation"](dataset, 0, GIVEN)
     torch.save(build_backbone("vit_mini", (64, 32)).state_dict(), tmp_path / "w.pth")
     study.study("initialisation", dataset, [0], GIVEN | {"weights": str(tmp_path / "w.pth")}, tmp_path / "out", False,
                 Machine(workers=0))
@@ -232,15 +230,20 @@ def test_mistakes_are_found_before_anything_is_trained(tmp_path, capsys):
             (["personvit", "--size", "8x8"], "patches are of 16 x 16"),
             (["few-shot"], "needs 2 people: 10.0% of market1501's are 0"),
             (["few-shot", "--dataset", "market"], "did you mean market1501"),
+            (["data"], "--batch 1 cannot be shared evenly"),               # 3 % of so few images
             (["demo", "--dataset", str(tmp_path / "crops")], "has no queries")):
         with pytest.raises(InputError, match=words):
             study.main([args[0], *usual, *args[1:]])
         assert not list(tmp_path.glob("out/*"))
     for args, words in ((["everything"], "invalid choice"),
-                        (["upreid", "--workers", "-1"], "other numbers at least 0"),
+                        (["upreid", "--workers", "-1"], "--workers -1: must be at least 0"),
                         (["upreid", "--epochs", "-1"], "--epochs"),
-                        (["upreid", "--labelled", "1.5"], "above 0 and at most 1"),
-                        (["upreid", "--seeds", "3", "3"], "no seed counts twice")):
+                        (["upreid", "--seeds", "9" * 20], "--seeds"),
+                        (["upreid", "--rates", "nan"], "--rates"),
+                        (["upreid", "--size", "64.5x32"], "two whole numbers"),
+                        (["upreid", "--labelled", "1.5"], "more than 0, at most 1"),
+                        (["initialisation"], "--weights FILE"), (["upreid", "--weights", "w"], "--weights FILE"),
+                        (["initialisation", "--weights", "w", "--overwrite"], "without --overwrite")):
         with pytest.raises(SystemExit, match="2"):
             study.main(args)
         assert words in capsys.readouterr().err
@@ -252,6 +255,8 @@ def test_a_folder_with_pictures_of_the_users_is_left_alone(tmp_path):
     picture = tmp_path / "mine" / "upreid.png"
     picture.parent.mkdir()
     picture.write_text("a picture of the user's")
+    (picture.parent / "a_run").mkdir()
+    (picture.parent / "a_run" / "recipe.json").write_text("{}")              # runs/ has these, too
     done = command("upreid", "--dataset", "market1501", "--data-root", tmp_path, "--out",
                    picture.parent, script="extra.study")
     assert done.returncode == 1 and done.stderr == (

@@ -938,7 +938,7 @@ def test_mistakes_get_one_line(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("args, words", [
     ("--size 256", "--size"), ("--device tpu", "argument --device"), ("--margin wide", "--margin"),
-    ("--workers -1", "--workers -1: must be at least 0"), ("--threads 0", "--threads 0: must be more than 0"),
+    ("--workers -1", "--workers -1: must be at least 0"), ("--threads 100000", "--threads 100000: must be"), ("--threads 0", "--threads 0: must be more than 0"),
     ("--save-every 0", "more than 0"), ("--lr nan", "must be"), ("--lr inf", "must be"), ("--out=", "must be"),
     ("--monitor market1501", "are for --pretrain"), ("--accum 2", "are for --pretrain"), ("--keep-every 1", "are for"),
     ("--accum 0 --pretrain upreid", "--accum 0: must be more than 0"), ("--smoothing 2", "at most 1"),
@@ -974,11 +974,24 @@ def test_damaged_results_are_measured_again(dataset, tmp_path, capsys):
         return train.fine_tune_and_evaluate(dataclasses.replace(TINY, epochs=1), dataset, tmp_path, False, None, Machine("cpu", 0))
 
     first = run()
-    for content in (b"", b"{\"mAP\": 0.", b"\xff\xfe"):
+    for content in (b"", b"{\"mAP\": 0.", b"\xff\xfe", b"{}", b"null", b"[]", b"{\"mAP\": NaN}", b"[" * 100_000):
         (tmp_path / "results.json").write_bytes(content)
         capsys.readouterr()
         assert run() == first and "going on at step" in capsys.readouterr().out
     assert run() == first and "is finished; --overwrite starts over" in capsys.readouterr().out
+
+
+def test_results_of_weights_that_are_gone_are_not_written(dataset, tmp_path, monkeypatch):
+    """The same recipe, started over by another process while this one evaluates."""
+    def taken_over(*args, **kwargs):
+        (tmp_path / "model.pth").unlink()
+        return measure(*args, **kwargs)
+
+    measure = train.evaluate
+    monkeypatch.setattr(train, "evaluate", taken_over)
+    with pytest.raises(FileNotFoundError, match="model.pth"):
+        train.fine_tune_and_evaluate(dataclasses.replace(TINY, epochs=1), dataset, tmp_path, False, None, Machine("cpu", 0))
+    assert not (tmp_path / "results.json").exists()
 
 
 @pytest.mark.parametrize("recipe", [dataclasses.replace(TINY, epochs=0), dataclasses.replace(SMALL_UP, epochs=0)], ids=["fine", "pre"])

@@ -110,15 +110,18 @@ def test_workers_end_soon_after_their_main_process_was_killed(tmp_path):
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    last = time.monotonic() + 30                                 # PyTorch has them look every 5 seconds
+    assert len(workers) == 2 and all_end(workers)                # PyTorch has them look every 5 seconds
 
+
+def all_end(pids, limit=30) -> bool:
     def alive(pid):
         stat = Path(f"/proc/{pid}/stat")
         return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
-    while any(map(alive, workers)) and time.monotonic() < last:
+    last = time.monotonic() + limit
+    while any(map(alive, pids)) and time.monotonic() < last:
         time.sleep(0.1)
-    assert len(workers) == 2 and not any(map(alive, workers))
+    return not any(map(alive, pids))
 
 
 def test_a_worker_that_the_system_ends_is_one_line(tmp_path):
@@ -211,23 +214,40 @@ def test_a_file_s_name_is_no_limit_of_the_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "read_bytes", lambda _: raise_(OSError(24, "Too many open files")))
     with pytest.raises(SystemExit, match="^error: too few files may be open: ulimit -n"):
         command_line(lambda: read_image(str(path), (8, 8), Image.Resampling.NEAREST))
+    monkeypatch.setattr(Path, "read_bytes", lambda _: raise_(MemoryError()))
+    with pytest.raises(SystemExit, match="^error: memory is full"):
+        command_line(lambda: read_image(str(path), (8, 8), Image.Resampling.NEAREST))
 
 
 def raise_(error):
     raise error
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds worker processes where Linux lists them")
-def test_a_killed_worker_ends_the_drawing_of_people(tmp_path):
+def drawing(tmp_path):
+    """A process that is drawing people, and its workers."""
     process = subprocess.Popen([sys.executable, ROOT / "data.py", "--synthetic", tmp_path / "people"], stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True, start_new_session=True)
     children, last = Path(f"/proc/{process.pid}/task/{process.pid}/children"), time.monotonic() + 60
     while not list(tmp_path.glob("people.*/*/*.jpg")) and time.monotonic() < last:
         time.sleep(0.05)
-    os.kill(int(children.read_text().split()[0]), signal.SIGKILL)
+    return process, [int(pid) for pid in children.read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds worker processes where Linux lists them")
+def test_a_killed_worker_ends_the_drawing_of_people(tmp_path):
+    process, workers = drawing(tmp_path)
+    os.kill(workers[0], signal.SIGKILL)
     status, _, err = ended(process)
     assert status == 1 and err.startswith("error: a worker was killed") and err.count("\n") == 1
     assert not list(tmp_path.iterdir())                          # no half-drawn set
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds worker processes where Linux lists them")
+def test_nobody_goes_on_drawing_for_a_process_that_was_killed(tmp_path):
+    process, workers = drawing(tmp_path)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert workers and all_end(workers)
 
 
 def test_a_fault_of_ours_keeps_its_traceback():
