@@ -22,7 +22,6 @@ drawn by extra/pictures.py. Read `ranks_of`, then `score`, `extract`, `load_mode
 """
 
 import argparse
-import atexit
 import functools
 import hashlib
 import json
@@ -268,16 +267,17 @@ def quiet_worker(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-@atexit.register
 def end_workers() -> None:
-    """End this process's workers at once, whatever they are doing. Python's own exit would send
-    them SIGTERM, which they ignore, and wait for ever; it comes after this, as exit functions run
-    in the reverse order of their registration."""
+    """End this process's workers at once, whatever they are doing. multiprocessing's own exit would
+    send them SIGTERM, which they ignore, and wait for ever; its finalizers, as this, come first."""
     if hasattr(signal, "SIGCHLD"):  # PyTorch would call it an error; not on Windows
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for worker in multiprocessing.active_children():
         if worker.daemon:  # as the DataLoader's are
             worker.kill()
+
+
+multiprocessing.util.Finalize(None, end_workers, exitpriority=0)
 
 
 def read_batch(size: tuple[int, int], records: list[Record]) -> tuple[Tensor, Tensor]:

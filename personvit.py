@@ -408,8 +408,8 @@ class PersonViT(nn.Module):
             raise ValueError(f"masks are bool of shape {shape}, not {masks.dtype} of "
                              f"{tuple(masks.shape)}")
         device = self.center.device
-        places, weight, masks = (x.to(device, non_blocking=True)             # (M,), (M,)
-                                 for x in (*hidden_patches(masks), masks))
+        places, weight, masks = (x if device.type == "cpu" else x.pin_memory().to(
+            device, non_blocking=True) for x in (*hidden_patches(masks), masks))  # (M,), (M,)
         t_cls, t_patch, spread = self.teach(views["globals"], places)        # (G, B, K), (M, K), ()
         s_cls, s_patch = self.study(views, masks, places)                    # (V, B, K), (M, K)
         # subtracting the centre keeps one prototype from taking all, the low temperature keeps the

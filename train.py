@@ -31,6 +31,7 @@ import shlex
 import shutil
 import signal
 import sys
+import sysconfig
 import time
 import warnings
 import zipfile
@@ -123,9 +124,8 @@ def hardest_pairs(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     x, exact = features.float(), "donot_use_mm_for_euclid_dist"  # |x|^2 - 2xy + |y|^2 cancels
     distance = torch.cdist(x, x, compute_mode=exact)                          # (B, B)
     same = labels[:, None] == labels[None, :]                                 # (B, B)
-    d_ap = distance.masked_fill(~same, -torch.inf).amax(1)
-    d_an = distance.masked_fill(same, torch.inf).amin(1)
-    return d_ap, d_an
+    return (distance.masked_fill(~same, -torch.inf).amax(1),                  # d_ap
+            distance.masked_fill(same, torch.inf).amin(1))                    # d_an
 
 
 def triplet_loss(features: Tensor, labels: Tensor, margin: float | None = None) -> Tensor:
@@ -149,9 +149,8 @@ def learning_rate(recipe: Recipe, epoch: int, scale: float = 1.0) -> float:
     if epoch < recipe.warmup:
         return start + (peak - start) * epoch / recipe.warmup
     t = epoch / recipe.epochs
-    if recipe.schedule == "cosine":
-        return cosine(t, peak, end)
-    return peak * 0.1 ** ((t >= 1 / 3) + (t >= 7 / 12))
+    steps = peak * 0.1 ** ((t >= 1 / 3) + (t >= 7 / 12))
+    return cosine(t, peak, end) if recipe.schedule == "cosine" else steps
 
 
 def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
@@ -185,8 +184,8 @@ class FineTuning(nn.Module):
         return {"total": id_loss + triplet, "id": id_loss, "triplet": triplet,
                 "accuracy": (scores.argmax(1) == y).float().mean()}
 
-    def warning(self, values: dict) -> str:
-        return ""  # of a collapse the triplet loss tells, by staying at its margin or at log 2
+    # of a collapse the triplet loss tells, by staying at its margin or at log 2
+    warning = staticmethod(lambda values: "")
 
 
 def all_rows(x: Tensor) -> Tensor:
@@ -344,8 +343,8 @@ def fine_tune(recipe: Recipe, dataset, run: "Run", weights: str | None,
             with network_pass(losses_of, machine, recipe.bf16):
                 losses = losses_of(x, pids)
             losses["total"].backward()
-            gradients = [p.grad for p in model.parameters() if p.grad is not None]
-            meter.add(losses | {"grad_norm": nn.utils.get_total_norm(gradients)})
+            meter.add(losses | {"grad_norm": nn.utils.get_total_norm(
+                [p.grad for p in model.parameters() if p.grad is not None])})
             optimizer.step()
             optimizer.zero_grad()
             log_save_stop(run, meter, parts, objective, stop, step, len(sampler), last,
@@ -373,8 +372,7 @@ def fine_tune_and_evaluate(recipe: Recipe, dataset, out, overwrite: bool, weight
     model = fine_tune(recipe, dataset, run, weights, machine)
     print(f"saved {run.folder}/model.pth; training took {run.seconds / 60:.1f} minutes")
     if not (dataset.query and dataset.gallery):
-        print(f"{dataset.name} has no queries, or no gallery, to evaluate it with")
-        return None
+        return print(f"{dataset.name} has no queries, or no gallery, to evaluate it with")
     result, q, g = evaluate(model, dataset, stored(recipe, dataset), workers=machine.workers,
                             device=machine.device, rank=machine.rank, world=machine.world,
                             bf16=recipe.bf16 and machine.device != "cpu")
@@ -405,12 +403,16 @@ def on_device(machine: "Machine", *tensors: Tensor) -> list[Tensor]:
 def compiled(module: nn.Module, make_views, machine: "Machine"):
     """`make_views` as one compiled graph, and in place each network of the module, one for each
     shape of its input: a GPU would else wait for Python to launch operation after operation. Heads
-    and losses stay as they are: how many patches are hidden differs from step to step."""
+    and losses stay as they are, how many patches are hidden differs from step to step; so do
+    networks whose batch norms share statistics among processes or have groups."""
     if not machine.backend:
         return make_views
     how = {"backend": machine.backend, "fullgraph": True, "dynamic": False}
     for net in networks(module):
-        net.forward_features = torch.compile(net.forward_features, **how)
+        # SyncBatchNorm makes no graph (PyTorch's issue 156680), a norm of many groups a huge one
+        if not any(isinstance(m, nn.SyncBatchNorm) or getattr(m, "groups", 1) > 1
+                   for m in net.modules()):
+            net.forward_features = torch.compile(net.forward_features, **how)
     return torch.compile(make_views.__call__, **how)
 
 
@@ -790,8 +792,9 @@ def check_values(parser: argparse.ArgumentParser, args) -> None:
 
 
 def can_compile(device: str) -> bool:
-    """Is there a GPU, for which it pays, and a C compiler?"""
-    return device != "cpu" and any(map(shutil.which, (os.environ.get("CC") or "cc", "gcc")))
+    """Is there a GPU, for which it pays, a C compiler, and what it needs of Python?"""
+    compilers = map(shutil.which, (os.environ.get("CC") or "cc", "gcc"))
+    return device != "cpu" and any(compilers) and os.path.exists(sysconfig.get_config_h_filename())
 
 
 def parse_args(argv: list[str] | None = None):

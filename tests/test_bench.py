@@ -3,11 +3,31 @@
 import dataclasses
 
 import pytest
+import torch
 
 from extra import bench
 from personvit import PersonViTRecipe
 from train import Recipe
 from upreid import UPReIDRecipe
+
+
+def test_steps_see_views_in_float32_and_stay_finite(monkeypatch):
+    """... as those of a training do, also where the networks compute in bfloat16, as on a GPU."""
+    monkeypatch.setattr(bench, "half", lambda _: torch.autocast("cpu", torch.bfloat16))
+    recipe = PersonViTRecipe(arch="vit_mini", size=(64, 32), batch=4, prototypes=16, hidden=16, bottleneck=8, local_crops=2)
+    seen = []
+    for plain in (False, True):
+        step = bench.training_step("personvit", recipe, "cpu", plain)
+        kind = bench.PlainPersonViT if plain else bench.PersonViT
+
+        def forward(self, views, forward=kind.forward, **now):
+            seen.append((views["globals"].dtype, forward(self, views, **now)))
+            return seen[-1][1]
+
+        monkeypatch.setattr(kind, "forward", forward)
+        for _ in range(3):
+            step()
+    assert len(seen) == 6 and all(dtype == torch.float32 and losses["total"].isfinite() for dtype, losses in seen)
 
 
 @pytest.mark.parametrize("name, recipe", [

@@ -1,5 +1,6 @@
 """Worker processes: whatever ends a script ends them too, at once; what a machine cannot give is one line."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -111,6 +112,22 @@ def test_workers_end_soon_after_their_main_process_was_killed(tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     assert len(workers) == 2 and all_end(workers)                # PyTorch has them look every 5 seconds
+
+
+def fail_beside_a_loader():
+    batches = iter(make_loader(range(99), [[i] for i in range(99)], 1))
+    cycle = [next(batches), batches]                             # as an exception of PyTorch's compiler holds it
+    cycle.append(cycle)
+    raise RuntimeError("of ours")
+
+
+def test_a_child_process_that_fails_leaves_no_worker_to_wait_for():
+    process = multiprocessing.get_context("spawn").Process(target=fail_beside_a_loader)
+    process.start()
+    process.join(120)
+    status = process.exitcode
+    process.kill()
+    assert status == 1
 
 
 def all_end(pids, limit=30) -> bool:
