@@ -246,6 +246,7 @@ def make_loader(dataset, batches, workers: int, collate=tuple):
     `batches`, in their order, made by worker processes (0: by this one): a list of items, or, of
     `Images`, the whole batch. It has a random generator of its own, else its start would take a
     number from stochastic depth's."""
+    multiprocessing.util.Finalize(None, end_workers, exitpriority=0)  # at the end of this process
     return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers,
                                        collate_fn=functools.partial(hand_over, collate),
                                        pin_memory=torch.cuda.is_available(),
@@ -275,9 +276,6 @@ def end_workers() -> None:
     for worker in multiprocessing.active_children():
         if worker.daemon:  # as the DataLoader's are
             worker.kill()
-
-
-multiprocessing.util.Finalize(None, end_workers, exitpriority=0)
 
 
 def read_batch(size: tuple[int, int], records: list[Record]) -> tuple[Tensor, Tensor]:

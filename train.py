@@ -470,7 +470,7 @@ def log_save_stop(run: "Run", meter: "Meter", parts: dict, objective: nn.Module,
         meter.reset()
     if saves:
         run.save_checkpoint(done, parts)
-    if stopping:
+    if stopping and everyones(None):  # torchrun ends all soon after one has gone
         sys.exit(f"stopped after step {done:,} of {last:,}; {run.checkpoints()[0]} has it; the "
                  f"same command, without --overwrite, goes on from there" if run.writes else 1)
 
@@ -641,7 +641,7 @@ class Run:
                     raise  # no fault of the file's
                 print(f"WARNING: {path} is damaged ({str(error)[:150]})", flush=True)
         made = [*found, *self.folder.glob("backbone.pth"), *self.folder.glob("model.pth")]
-        if made and not step and self.recipe["epochs"]:
+        if made and not step and self.recipe.get("epochs", 1):
             raise InputError(f"{made[0]}: no checkpoint is whole from which the run could go on; "
                              f"--overwrite starts from the first step")
         if len(set(everyones(step))) > 1:
