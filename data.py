@@ -890,7 +890,7 @@ class FineTuneTransform:
     probability 0.5 erase a rectangle of at least 2 % of the image, of aspect 0.3 to 1/0.3
     (timm's defaults [from memory]). noise: of up to a third, filled with normal noise per pixel
     [PersonViT code]; else of up to 40 %, filled with the mean colour, 0 after normalisation [BoT],
-    whose code erases after normalising, with the mean as it is before.
+    whose code erases after normalising, with the mean as it is before [secondary].
     """
 
     uniforms = 26  # numbers of an image
