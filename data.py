@@ -346,10 +346,10 @@ def load_msmt17(root: Path, train_only: bool) -> Dataset:
         file, paths = root / f"list_{split}.txt", []
         text = file.read_text(encoding="utf-8-sig", errors="replace").rstrip()
         for number, line in enumerate(text.splitlines(), 1):
-            match = re.fullmatch(r"(\S+) \d+\s*", line)
+            match = re.fullmatch(r"((?:\S*/)?0*(\d+)_\S+) \2\s*", line)
             if not match or not NAMED.match(os.path.basename(match[1])):
                 raise InputError(f"{file} line {number}: {line!r} does not read 'path identity' "
-                                 f"with the camera in the third field of the file's name")
+                                 f"with the same identity, and the camera, in the file's name")
             check_inside(match[1], file)
             paths.append(str(root / folder / match[1]))
         if not paths or not os.path.exists(paths[0]):

@@ -760,8 +760,8 @@ PARSERS = {tuple[int, int]: pair, tuple[float, float]: pair,
 # flags of numbers that are more than 0, and the most that others may be
 POSITIVE = re.compile("threads|save_every|accum|monitor_every|batch|ids|images|prototypes|hidden|"
                       r"bottleneck|queue|dim|clip|aspect|labelled|\w+_temp.*|temperature.*")
-MOST = {"threads": 1024, "workers": 1024} | dict.fromkeys(
-    ("smoothing", "labelled", "momentum", "drop_path", "global_scale", "local_scale"), 1)
+MOST = {"threads": 1024, "workers": 1024, "drop_path": 0.99} | dict.fromkeys(
+    ("smoothing", "labelled", "momentum", "global_scale", "local_scale"), 1)
 
 
 def add_recipe_flags(parser: argparse.ArgumentParser, usual) -> None:

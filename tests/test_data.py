@@ -91,8 +91,9 @@ def test_msmt17(tmp_path, capsys, folder, dirs, version):
     assert load_dataset("msmt17", tmp_path).query == dataset.query
     name = "0001_001_02_0303morning_0006_2.jpg"
     for text, words in ((f"0000/../../{name} 1\n", "leaves the data folder"), ("a b c\n", "line 1: .a b c. does not read"),
-                        ("", "names none"), ("a_1_00_3.jpg 4\n", "third field"), (f"0009/{name} 9\n", "missing"),
-                        (f"{name} one\n", "line 1")):
+                        ("", "names none"), ("a_1_00_3.jpg 4\n", "line 1"), (f"0001/{name} 1\n", "missing"),
+                        (f"0001/{name} 2\n", "line 1: .* with the same identity"),
+                        (f"0001/{name} 11\n", "line 1"), (f"{name} one\n", "line 1")):
         listing.write_text(text)
         with pytest.raises(InputError, match=words):
             load_dataset("msmt17", tmp_path)

@@ -955,7 +955,7 @@ def test_mistakes_get_one_line(tmp_path, monkeypatch):
     ("--workers -1", "--workers -1: must be at least 0"), ("--threads 100000", "--threads 100000: must be"), ("--threads 0", "--threads 0: must be more than 0"),
     ("--save-every 0", "more than 0"), ("--lr nan", "must be"), ("--lr inf", "must be"), ("--out=", "must be"),
     ("--monitor market1501", "are for --pretrain"), ("--accum 2", "are for --pretrain"), ("--keep-every 1", "are for"),
-    ("--accum 0 --pretrain upreid", "--accum 0: must be more than 0"), ("--smoothing 2", "at most 1"),
+    ("--accum 0 --pretrain upreid", "--accum 0: must be more than 0"), ("--smoothing 2", "at most 1"), ("--drop-path 1", "at most 0.99"),
     ("--pretrain personvit --aspect 0x1", "--aspect (0, 1): must be more than 0"),
     ("--pretr personvit", "unrecognized arguments: --pretr"),
     ("--optimizer adm", "invalid choice: 'adm'"), ("--arch resnet5", "invalid choice: 'resnet5'"),
