@@ -19,8 +19,8 @@ erasing's noise and stochastic depth (the device's):
     device      views: crops, colours, blur, erasing           batched, one code for CPU and GPU
 
 So a run that goes on at step n draws what the uninterrupted one drew, 8 processes with 16 workers
-what one alone would, and a GPU never waits for a number. Read `load_dataset`, `PKSampler`,
-`Images`, then `Draws` and `MultiCrop`.
+what one alone would, and a GPU never waits for a number. Read `Images`, `PKSampler`, then `Draws`
+and `MultiCrop`; `load_dataset` when you bring data.
 """
 
 import argparse
@@ -688,8 +688,8 @@ def erasing_noise(images: Tensor, seed: int, step: int, rank: int, world: int) -
 class Draws:
     """Rows of uniform numbers (..., U), used up from left to right by what they decide.
 
-    A row is an image's, or a view's; shapes below leave out `...`, the rows' own. Probabilities may
-    differ by the last of these dimensions.
+    A row decides one image or one view. Shapes below leave out the leading dimensions `...`; a
+    probability may be a tensor over the last of these, one for each view.
     """
 
     def __init__(self, uniforms: Tensor):
@@ -816,13 +816,12 @@ def crop_resize(x: Tensor, boxes: Tensor, flip: Tensor, size: tuple[int, int]) -
     return (rows[:, None] @ x @ columns[:, None].mT).clamp(0, 1)
 
 
-def blur_matrix(sigma: Tensor, n: int, reach: int = 6) -> Tensor:
-    """Gaussian blur along n pixels, mirrored at the ends: sigma (B,) in pixels -> (B, n, n).
-    reach: pixels to either side, 3 times the largest sigma, which is 2 [ours]."""
-    offset = torch.arange(-reach, reach + 1, device=sigma.device)
-    weight = torch.exp(-0.5 * (offset / sigma[:, None]) ** 2)                # (B, 2 reach + 1)
+def blur_matrix(sigma: Tensor, n: int) -> Tensor:
+    """Gaussian blur along n pixels, mirrored at the ends: sigma (B,) in pixels -> (B, n, n)."""
+    offset = torch.arange(-6, 7, device=sigma.device)  # 3 times the largest sigma, 2 [ours]
+    weight = torch.exp(-0.5 * (offset / sigma[:, None]) ** 2)                # (B, 13)
     weight = weight / weight.sum(1, keepdim=True)
-    source = torch.arange(n, device=sigma.device)[:, None] + offset          # (n, 2 reach + 1)
+    source = torch.arange(n, device=sigma.device)[:, None] + offset          # (n, 13)
     source = (n - 1 - (n - 1 - source.abs()).abs()).clamp(0, n - 1)
     matrix = torch.zeros(len(sigma), n, n, device=sigma.device)
     return matrix.scatter_add_(2, source.expand(len(sigma), -1, -1),

@@ -409,7 +409,7 @@ class PersonViT(nn.Module):
                              f"{tuple(masks.shape)}")
         device = self.center.device
         places, weight, masks = (x if device.type == "cpu" else x.pin_memory().to(
-            device, non_blocking=True) for x in (*hidden_patches(masks), masks))  # (M,), (M,)
+            device, non_blocking=True) for x in (*hidden_patches(masks), masks))  # (M,), (M,), same
         t_cls, t_patch, spread = self.teach(views["globals"], places)        # (G, B, K), (M, K), ()
         s_cls, s_patch = self.study(views, masks, places)                    # (V, B, K), (M, K)
         # subtracting the centre keeps one prototype from taking all, the low temperature keeps the
@@ -608,15 +608,16 @@ class PersonViTRecipe:
     # iBOT's ViT-B/16 command, as others report it [iBOT, secondary]
     VIT_BASE: ClassVar = dict(lr=7.5e-4, min_lr=2e-6, clip=0.3, freeze_last_layer=3,
                               norm_last_layer=True)
-    # small images and networks on a CPU: warmer teachers (0.04 and more) go flat on so few images,
-    # and four times this rate does no good to what is fine-tuned; 8 epochs gain much less
+    # small images and networks on a CPU: a teacher that stays cool does not go flat on so few
+    # images; four times this rate does no good to what is fine-tuned, 8 epochs gain much less
     # (docs/results.md) [ours]
     LAPTOP: ClassVar = dict(size=(128, 64), epochs=64, batch=32, lr=2e-3, warmup=2,
                             weight_decay_end=0.1, momentum=0.98, prototypes=1024, hidden=512,
                             bottleneck=128, norm_last_layer=True, teacher_temp=0.02,
                             teacher_temp_end=0.02, local_crops=4, local_scale=(0.1, 0.6))
-    # thousands of images, one machine: a teacher that warmed up went flat (docs/results.md); rate
-    # and momentum are what a user of DINO found best (facebookresearch/dino, issue 246) [ours]
+    # thousands of images, one machine: a teacher that warmed up went flat (docs/results.md); with
+    # this rate, before batch / 256, and momentum a user's DINO began to learn
+    # (facebookresearch/dino, issue 246 [secondary]) [ours]
     ONE_GPU: ClassVar = dict(epochs=200, batch=128, lr=1e-3, momentum=0.99, prototypes=1024,
                              norm_last_layer=True, teacher_temp_end=0.04, local_crops=6)
 

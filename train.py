@@ -232,8 +232,8 @@ def pretrain(method: str, recipe: PersonViTRecipe | UPReIDRecipe, dataset, run: 
     for net in networks(objective) if weights else ():
         print(load_weights(weights, net))
     objective.to(machine.device, memory_format=torch.channels_last).train()
-    optimizer, views_of = recipe.optimizer(objective), METHODS[method][1](recipe)
-    make_views = compiled(objective, views_of, machine)
+    optimizer, transform = recipe.optimizer(objective), METHODS[method][1](recipe)
+    make_views = compiled(objective, transform, machine)
     sampler = ShuffleSampler(len(dataset.train), recipe.batch, recipe.seed, machine.rank,
                              machine.world, machine.accumulate)
     losses_of, meter = distributed(objective, machine), Meter(machine, dataset.train)
@@ -241,13 +241,13 @@ def pretrain(method: str, recipe: PersonViTRecipe | UPReIDRecipe, dataset, run: 
     # from here on the folder is this run's
     with run.begin(), stop_requests() as stop:
         first, last = run.restore(parts), recipe.epochs * len(sampler)
-        crops = Images(dataset.train, views_of, recipe.seed, recipe.draw)
+        crops = Images(dataset.train, transform, recipe.seed, recipe.draw)
         recipe = checked(recipe, objective, crops, sampler, run, machine)
         loader = meter.waiting(make_loader(crops, from_step(sampler, first, last), machine.workers))
         for step in range(first, last):
             epoch = step // len(sampler)
             if step % len(sampler) == 0:
-                keep_and_watch(objective, epoch, views_of, recipe, monitor, run, machine)
+                keep_and_watch(objective, epoch, transform, recipe, monitor, run, machine)
                 meter.reset()
             rates, now = recipe.schedule(step, len(sampler))      # of the optimiser, of the model
             for group in optimizer.param_groups:
@@ -258,6 +258,7 @@ def pretrain(method: str, recipe: PersonViTRecipe | UPReIDRecipe, dataset, run: 
             # a step may be cut into passes, whose gradients add up, for less memory
             for passes_left in reversed(range(machine.accumulate)):
                 images, drawn = next(loader)
+                # "others" stay on the CPU: masks, whose patches are counted there
                 views = make_views(*on_device(machine, images, drawn["numbers"])) | drawn["others"]
                 with network_pass(losses_of, machine, recipe.bf16, passes_left):
                     losses = losses_of(views, **now)
@@ -269,23 +270,23 @@ def pretrain(method: str, recipe: PersonViTRecipe | UPReIDRecipe, dataset, run: 
             optimizer.zero_grad()
             objective.update_teacher(**now)                       # no gradient reaches the teacher
             log_save_stop(run, meter, parts, objective, stop, step, len(sampler), last, rates | now)
-        keep_and_watch(objective, recipe.epochs, views_of, recipe, monitor, run, machine)
-        run.save("backbone.pth", exported(objective, recipe.epochs, views_of, recipe))
+        keep_and_watch(objective, recipe.epochs, transform, recipe, monitor, run, machine)
+        run.save("backbone.pth", exported(objective, recipe.epochs, transform, recipe))
     return objective
 
 
-def exported(objective: nn.Module, epoch: int, views_of, recipe) -> dict:
+def exported(objective: nn.Module, epoch: int, transform, recipe) -> dict:
     """The backbone that is fine-tuned, with all that tells how to use it."""
     return {"format": "reid-backbone", "recipe": asdict(recipe), "epoch": epoch,
-            "size": views_of.size, "mean": views_of.mean, "std": views_of.std,
+            "size": transform.size, "mean": transform.mean, "std": transform.std,
             "backbone": objective.backbone_for_export().state_dict()}
 
 
-def keep_and_watch(objective: nn.Module, epoch: int, views_of, recipe, monitor, run: "Run",
+def keep_and_watch(objective: nn.Module, epoch: int, transform, recipe, monitor, run: "Run",
                    machine: "Machine") -> None:
     """Between two epochs: keep the backbone apart, and log the mAP of its plain features (losses
     say little of what is learnt), where one or the other is due after `epoch` epochs."""
-    content = exported(objective, epoch, views_of, recipe)
+    content = exported(objective, epoch, transform, recipe)
     if machine.keep_every and epoch and epoch % machine.keep_every == 0:
         run.save(f"backbone_e{epoch:04d}.pth", content)
     # by the first process alone: the batch norms of others have running statistics of their own
@@ -648,7 +649,8 @@ class Run:
             raise InputError(f"{self.folder}: processes see other checkpoints; several machines "
                              f"need a folder that they share")
         if self.writes:
-            for path in found[:found.index(path)] if found else []:  # damaged ones count no more
+            # those before `path`, at which the search ended, are damaged and count no more
+            for path in found[:found.index(path)] if found else []:
                 path.unlink()
             with open(self.log_file, "ab") as handle:  # steps after the checkpoint come again
                 handle.truncate(min(size, handle.tell()))

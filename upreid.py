@@ -232,7 +232,7 @@ class UPReID(nn.Module):
     def __init__(self, backbone: ResNet, dim: int = 128, queue_size: int = 65536,
                  temperature: float = 0.1, temperature_global: float = 0.05,
                  temperature_local: float = 0.1, weight_global: float = 1.0,
-                 weight_local: float = 1.0, hardest: int | None = 2, groups: int = 2,
+                 weight_local: float = 1.0, hardest: int = 2, groups: int = 2,
                  shuffle: bool = True):
         super().__init__()
         D = backbone.embed_dim
@@ -252,7 +252,7 @@ class UPReID(nn.Module):
             norm.groups = groups
         # the losses of a network that finds everything equally similar
         self.reference = {"ln_queue": math.log(1 + queue_size)}
-        if weight_local and hardest:
+        if weight_local:
             self.reference["ln_stripes"] = math.log(1 + hardest)
 
     def forward(self, views: dict[str, Tensor], **_) -> dict[str, Tensor]:
@@ -470,7 +470,7 @@ class UPReIDRecipe:
         if self.groups < 1 or self.groups % forwards:
             raise ValueError(f"--groups {self.groups} must be a multiple of {forwards}, "
                              f"processes x --accum passes")
-        if world_size() * self.groups == forwards:  # one group in all processes
+        if world_size() == 1 and self.groups == forwards:  # a pass is one group
             print(f"WARNING: with --groups {self.groups} in as many passes queries and keys share "
                   f"batch statistics: the network may recognise the batch, not people")
         if self.batch % self.groups or self.batch < 2 * self.groups:
