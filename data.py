@@ -591,7 +591,7 @@ class PKSampler:
         self.members = np.split(order, np.flatnonzero(np.diff(pids[order])) + 1)  # indices per id
         if len(self.members) < max(num_ids, 2) or min(num_ids - 1, num_images) < 1:
             raise InputError(f"a batch needs {max(num_ids, 2)} identities and one image of each, "
-                             f"the training set has {len(np.unique(pids))}; see --ids, --images")
+                             f"the training set has {len(np.unique(pids))}; see --ids, --labelled")
         if num_ids % world:
             raise InputError(f"--ids {num_ids} cannot be shared evenly by {world} processes")
         groups = np.array([-(-len(m) // num_images) for m in self.members])

@@ -112,8 +112,8 @@ def read_checkpoint(path: str | Path):
     """What torch.save wrote. Only tensors and plain values are read: a pickle may ask for any
     function to be called, and `weights_only` calls none. Raises InputError that says what the file
     is, when it is not that."""
-    if Path(path).is_fifo():  # to open it would be to wait for a writer
-        raise InputError(f"{path}: is a pipe; name a file of weights")
+    if Path(path).is_fifo() or Path(path).is_char_device():  # would be read for ever
+        raise InputError(f"{path}: is a pipe or a device; name a file of weights")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # hostile bytes make the reader raise anything at all
@@ -442,8 +442,8 @@ def score(rows, query: np.ndarray, gallery: np.ndarray, max_rank: int, ap: str,
         raise InputError(
             f"no query has a right answer in the gallery: of {total} queries, {absent} have an id "
             f"that is not in the gallery, {total - absent} have it only by the query's own camera "
-            f"(or as the same image). If cameras mean nothing, --cams none excludes only the query "
-            f"image itself; if ids differ, do query and gallery come from the same set?")
+            f"(or as the same image). If cameras mean nothing, evaluate.py --cams none excludes "
+            f"the image alone; if ids differ, do query and gallery come from the same set?")
     mAPs = {name: float(np.nanmean(values)) for name, values in APs.items()}
     return RankResult(cmc / valid, mAPs[ap], float(np.mean(INP)), valid, total, ap, mAPs, APs[ap])
 

@@ -521,7 +521,7 @@ class Meter:
         if len(self.broken) > 0.01 * len(self.records):
             names = ", ".join(self.records[i].path for i in sorted(self.broken)[:3])
             raise InputError(f"{len(self.broken)} of {len(self.records)} training images cannot be "
-                             f"read, more than 1 %: {names}; the copy of the dataset is damaged")
+                             f"read, more than 1 %: {names}; a damaged copy, or of no known kind")
         seconds = time.perf_counter() - self.since
         left = timedelta(seconds=round(seconds / self.steps * (last - done)))
         return {"step": done, "steps": last, **values, "broken_images": len(self.broken),

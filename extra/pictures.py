@@ -108,11 +108,10 @@ def draw_ranks(file: str | Path, dataset, result, q, g, rows: int = 8, columns: 
     # `evaluate` gives an image number for a camera where cameras do not count
     cameras = dataset.has_cameras and g.camids.tolist() == [r.camid for r in dataset.gallery]
     left_out = "same person by same camera" if cameras else "the query image itself"
-    legend = ("c3 0.123 = camera 3, cosine distance 0.123" if dataset.has_cameras else
-              "0.123 = cosine distance")
+    legend = "c3 0.123 = camera 3, cosine distance " if dataset.has_cameras else "cosine distance "
     shown, G = min(columns, len(g.pids)), len(g.pids)
     rank_page(file, f"{dataset.name}: nearest {shown} of {G:,} gallery images; {left_out} left out",
-              legend, table)
+              f"{legend}0.123", table)
 
 
 def draw_search(file: str | Path, title: str, query: str, best: list[tuple[str, float]]) -> None:

@@ -24,7 +24,6 @@ import dataclasses
 import os
 import re
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -37,7 +36,8 @@ from torch import Tensor
 
 from data import (NAMES, InputError, PKSampler, Record, ShuffleSampler, command_line, cores,
                   load_dataset, read_image, some_identities)
-from evaluate import build_backbone, device_name, evaluate, load_model, rank_features
+from evaluate import (build_backbone, device_name, evaluate, load_model, load_weights,
+                      rank_features)
 from extra.bench import staged
 from extra.pictures import draw_dots, draw_ranks
 from train import (METHODS, Machine, Recipe, can_compile, check_values, fine_tune_and_evaluate,
@@ -94,7 +94,7 @@ def pairs(method: str, dataset, seed: int, given: dict, shares=(1.0,)) -> list[R
     for share in given.get("labelled", shares):
         few = round(share * people)
         if few < 2:
-            raise InputError(f"a study needs 2 people: {share:.1%} of {dataset.name}'s are {few}")
+            raise InputError(f"--labelled: 2 people at least, {share:.1%} of {people} are {few}")
         labelled = dataclasses.replace(recipe, labelled=share, ids=min(recipe.ids, few))
         rows += [Row(RANDOM, method, None, labelled), Row(TITLES[method], method, before, labelled)]
     return rows
@@ -112,8 +112,8 @@ def demo(dataset, seed: int, given: dict) -> list[Row]:
             pairs("personvit", dataset, seed, {"pretrain_epochs": 8} | given, (0.3,)))
 
 
-def variants(method: str, changes: dict[str, dict]) -> Callable:
-    """Rows that differ in the pre-training alone."""
+def variants(method: str, changes: dict[str, dict]):
+    """A function of rows that differ in the pre-training alone."""
     def rows(dataset, seed: int, given: dict) -> list[Row]:
         random, row = pairs(method, dataset, seed, given)
         return [random] + [dataclasses.replace(row, origin=name, before=dataclasses.replace(
@@ -135,7 +135,7 @@ def amounts(dataset, seed: int, given: dict) -> list[Row]:
     random, row = pairs("personvit", dataset, seed, given)
     rows, n, before = [random], len(dataset.train), row.before
     for share in (0.03, 0.25, 0.5, 1.0):
-        few = max(round(share * n), 1)
+        few = max(round(share * n), 2)
         batch = min(before.batch, few)
         steps = before.epochs * (n // before.batch)
         recipe = dataclasses.replace(before, batch=batch, epochs=max(steps // (few // batch), 1))
@@ -200,7 +200,7 @@ def run_rows(rows: list[Row], dataset, out: Path, overwrite: bool, machine: Mach
         key, weights = (row.method, row.before, row.start), row.start or None
         if row.before and key not in pretrained:
             part = dataclasses.replace(dataset, train=some_images(dataset.train, row.share, seed))
-            name = TITLES[row.method] if row.kept else row.origin
+            name = f"{TITLES[row.method]} kept" if row.kept else row.origin
             run = open_run(out / file_name(f"{name}_{seed}_pretraining"), row.before, part,
                            overwrite, machine, weights, pretrain=row.method)
             pretrain(row.method, row.before, part, run, dataclasses.replace(
@@ -244,7 +244,9 @@ def check(rows: list[Row], dataset) -> None:
     for row in rows:
         few = some_identities(dataset.train, row.recipe.labelled, row.recipe.seed)
         PKSampler([r.pid for r in few], row.recipe.ids, row.recipe.images)
-        build_backbone(row.recipe.arch, row.recipe.size)
+        backbone = build_backbone(row.recipe.arch, row.recipe.size)
+        if row.start:
+            load_weights(row.start, backbone)
         if row.before:
             try:
                 row.before.build()
@@ -263,10 +265,9 @@ def study(name: str, dataset, seeds: list[int], given: dict, out: Path, overwrit
         raise InputError(f"{out} is no study's folder, and {' and '.join(taken)} in it would be "
                          f"replaced; choose another with --out")
     for seed in seeds:
-        rows = rows_of(name, dataset, seed, given)
-        check(rows, dataset)
+        check(rows_of(name, dataset, seed, given), dataset)
     if name == "evidence":
-        say_how_long(rows, dataset, machine)
+        say_how_long(rows_of(name, dataset, seeds[0], given), dataset, machine)
     table = untrained(dataset, machine) if name == "demo" else {}
     for number, seed in enumerate(seeds, 1):
         rows = rows_of(name, dataset, seed, given)
@@ -378,16 +379,17 @@ def main(argv: list[str] | None = None) -> None:
     check_values(parser, args)
     if (args.study == "initialisation") != bool(args.weights) or args.weights and args.overwrite:
         parser.error("--weights FILE, without --overwrite, is for the study of initialisations")
-    usual = [0] if args.study in ("demo", "evidence") else [0, 1, 2, 3, 4]
-    seeds = list(dict.fromkeys(args.seeds or usual))  # none counts twice
+    # none counts twice
+    seeds = list(dict.fromkeys(args.seeds or range(1 if args.study in ("demo", "evidence") else 5)))
     if "WORLD_SIZE" in os.environ:
         parser.error("a study runs in one process: start it with python, not with torchrun")
     torch.set_num_threads(args.threads)
     given = {"bf16": args.device != "cpu"} | {k: v for k, v in vars(args).items() if v is not None
              and k in ("arch", "size", "epochs", "pretrain_epochs", "labelled", "rates", "weights")}
     dataset = load_dataset(args.dataset, args.data_root)
-    if not (dataset.query and dataset.gallery):
-        raise InputError(f"{dataset.name} has no queries, or no gallery, to judge a study by")
+    if not any(q.pid == g.pid and q.camid != g.camid for q in dataset.query
+               for g in dataset.gallery):
+        raise InputError(f"{dataset.name}: no query has an answer by another camera, to judge by")
     name = args.study if args.dataset == "synthetic" else f"{args.study}_{Path(args.dataset).name}"
     study(args.study, dataset, seeds, given, Path(args.out or f"runs/{name}"), args.overwrite,
           Machine(args.device, args.workers,

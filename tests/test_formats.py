@@ -329,7 +329,7 @@ def test_damaged_safetensors_get_one_line(tmp_path):
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a system without pipes that have names")
 def test_a_pipe_is_no_file_of_weights(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(InputError, match="pipe: is a pipe; name a file of weights"):
+    with pytest.raises(InputError, match="pipe: is a pipe or a device; name a file of weights"):
         read_weights(tmp_path / "pipe")
 
 

@@ -154,6 +154,10 @@ def test_fewer_images_are_seen_in_as_many_steps(tiny):
 
 
 def test_initialisation_starts_from_given_weights(tiny, dataset, tmp_path):
+    with pytest.raises(InputError, match="w.pth: no such weights file"):     # before anything is trained
+        study.study("initialisation", dataset, [0], GIVEN | {"weights": str(tmp_path / "w.pth")}, tmp_path / "out", False,
+                    Machine(workers=0))
+    assert not (tmp_path / "out").exists()
     torch.save(build_backbone("vit_mini", (64, 32)).state_dict(), tmp_path / "w.pth")
     study.study("initialisation", dataset, [0], GIVEN | {"weights": str(tmp_path / "w.pth")}, tmp_path / "out", False,
                 Machine(workers=0))
@@ -225,16 +229,18 @@ def test_colour_histograms_know_colours_and_nothing_else(tmp_path):
 def test_mistakes_are_found_before_anything_is_trained(tmp_path, capsys):
     market_tree(tmp_path / "market1501")
     write_image(tmp_path / "crops" / "a.jpg")
+    for name in ("0001_c1s1_1.jpg", "0001_c1s1_2.jpg", "0002_c1s1_1.jpg", "0003_c2s1_1.jpg"):
+        write_image(tmp_path / "one" / name)                                 # a camera for each person
     usual = ["--dataset", "market1501", "--data-root", str(tmp_path), "--out",
              str(tmp_path / "out"), "--device", "cpu", "--threads", str(torch.get_num_threads())]
     for args, words in (
             (["upreid"], "64 needs that many images"),
             (["personvit", "--size", "16x16"], "is too small"),
             (["personvit", "--size", "8x8"], "patches are of 16 x 16"),
-            (["few-shot"], "needs 2 people: 10.0% of market1501's are 0"),
+            (["few-shot"], "--labelled: 2 people at least, 10.0% of 4 are 0"),
             (["few-shot", "--dataset", "market"], "did you mean market1501"),
-            (["data"], "--batch 1 cannot be shared evenly"),               # 3 % of so few images
-            (["demo", "--dataset", str(tmp_path / "crops")], "has no queries")):
+            (["demo", "--dataset", str(tmp_path / "crops")], "no query has an answer by another camera"),
+            (["demo", "--dataset", str(tmp_path / "one")], "no query has an answer by another camera")):
         with pytest.raises(InputError, match=words):
             study.main([args[0], *usual, *args[1:]])
         assert not list(tmp_path.glob("out/*"))
