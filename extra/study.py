@@ -74,12 +74,12 @@ def recipes(method: str, dataset, seed: int, given: dict):
     """Recipes of pre-training and fine-tuning, for a method's laptop network if no other is given;
     given: bf16, and arch (networks, one of them the method's), size, epochs, pretrain_epochs where
     they differ from the usual ones. Fine-tuned as a laptop's are, from random weights with AdamW,
-    where the published recipes assume pre-trained ones; a ViT-S at a rate that it learns at."""
+    where the published recipes assume pre-trained ones; the wide ViTs at a lower rate."""
     kind = METHODS[method][0]
     own = [a for a in given.get("arch", ()) if a in get_args(get_type_hints(kind)["arch"])]
     before = kind.preset(dataset.name, own[0]) if own else kind.preset("synthetic")
     recipe = Recipe.preset("synthetic", before.arch)
-    lr = {"vit_small": 3e-4}.get(recipe.arch, recipe.lr)
+    lr = {"vit_small": 3e-4, "vit_base": 3e-4}.get(recipe.arch, recipe.lr)
     both = {"seed": seed, "size": given.get("size", before.size), "bf16": given["bf16"]}
     return (dataclasses.replace(before, **both,
                                 epochs=given.get("pretrain_epochs", before.epochs)),
@@ -135,7 +135,7 @@ def amounts(dataset, seed: int, given: dict) -> list[Row]:
     random, row = pairs("personvit", dataset, seed, given)
     rows, n, before = [random], len(dataset.train), row.before
     for share in (0.03, 0.25, 0.5, 1.0):
-        few = max(round(share * n), 2)
+        few = max(round(share * n), 1)
         batch = min(before.batch, few)
         steps = before.epochs * (n // before.batch)
         recipe = dataclasses.replace(before, batch=batch, epochs=max(steps // (few // batch), 1))

@@ -239,6 +239,7 @@ def test_mistakes_are_found_before_anything_is_trained(tmp_path, capsys):
             (["personvit", "--size", "8x8"], "patches are of 16 x 16"),
             (["few-shot"], "--labelled: 2 people at least, 10.0% of 4 are 0"),
             (["few-shot", "--dataset", "market"], "did you mean market1501"),
+            (["data"], "--batch 1 cannot be shared evenly"),               # 3 % of so few images
             (["demo", "--dataset", str(tmp_path / "crops")], "no query has an answer by another camera"),
             (["demo", "--dataset", str(tmp_path / "one")], "no query has an answer by another camera")):
         with pytest.raises(InputError, match=words):
