@@ -405,14 +405,13 @@ def compiled(module: nn.Module, make_views, machine: "Machine"):
     """`make_views` as one compiled graph, and in place each network of the module, one for each
     shape of its input: a GPU would else wait for Python to launch operation after operation. Heads
     and losses stay as they are, how many patches are hidden differs from step to step; so do
-    networks whose batch norms share statistics among processes or have groups."""
+    networks whose batch norms share statistics among processes."""
     if not machine.backend:
         return make_views
     how = {"backend": machine.backend, "fullgraph": True, "dynamic": False}
     for net in networks(module):
-        # SyncBatchNorm makes no graph (PyTorch's issue 156680), a norm of many groups a huge one
-        if not any(isinstance(m, nn.SyncBatchNorm) or getattr(m, "groups", 1) > 1
-                   for m in net.modules()):
+        # SyncBatchNorm makes no graph (PyTorch's issue 156680)
+        if not any(isinstance(m, nn.SyncBatchNorm) for m in net.modules()):
             net.forward_features = torch.compile(net.forward_features, **how)
     return torch.compile(make_views.__call__, **how)
 

@@ -47,10 +47,21 @@ class GroupedBatchNorm(nn.BatchNorm2d):
     groups = 1
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.groups == 1 or not self.training:
-            return super().forward(x)
-        norm = super().forward
-        return torch.cat([norm(part) for part in x.chunk(self.groups)])
+        G, C, m, norm = self.groups, self.num_features, self.momentum, super().forward
+        if G == 1 or not self.training:
+            return norm(x)
+        if not torch.compiler.is_compiling():
+            return torch.cat([norm(part) for part in x.chunk(G)])
+        # in a graph one norm of G C channels, for a GPU; on a CPU copies would make it slower
+        x = x.unflatten(0, (G, -1)).transpose(0, 1).flatten(1, 2)            # (B/G, G C, h, w)
+        new = self.running_mean.new_zeros(2, G, C)                           # mean, variance
+        x = F.batch_norm(x, *new.flatten(1), self.weight.repeat(G), self.bias.repeat(G), True, 1.0)
+        # the running statistics, as if the groups had come in turn
+        new = (new * m * (1 - m) ** torch.arange(G, device=x.device).flip(0)[:, None]).sum(1)
+        for old, values in zip((self.running_mean, self.running_var), new):
+            old.mul_((1 - m) ** G).add_(values)
+        self.num_batches_tracked.add_(G)
+        return x.unflatten(1, (G, C)).transpose(0, 1).flatten(0, 1)
 
 
 class Bottleneck(nn.Module):
@@ -183,22 +194,18 @@ def global_consistency(q: Tensor, o: Tensor, queue: Tensor, temperature: float) 
     return ((log_p.exp() - log_r.exp()) * (log_p - log_r)).sum(1).mean() / 2
 
 
-def intrinsic_contrast(a: Tensor, b: Tensor, temperature: float,
-                       hardest: int | None = None) -> Tensor:
+def intrinsic_contrast(a: Tensor, b: Tensor, temperature: float, hardest: int) -> Tensor:
     """Contrast among the M stripes of one image [ours U3]: a, b (B, M, d) -> scalar.
 
     [UP-ReID abstract]: an intrinsic contrast among local patches of each image. Stripe m of a must
     find stripe m of b: L = -mean over images and m of
     log[ exp(a_m.b_m / T) / (exp(a_m.b_m / T) + sum over j in H_m of exp(a_m.b_j / T)) ], H_m the
-    `hardest` (most similar) of the other M - 1 stripes of the image; None takes all. ln(1 +
-    hardest) when all are equally similar. As they are of one image, light and tint of the camera,
-    which they share, do not help: what is particular to that part of the body must. Raises
-    ValueError for hardest outside 1 .. M - 1.
+    `hardest` (most similar) of the other M - 1 stripes of the image. ln(1 + hardest) when all are
+    equally similar. As they are of one image, light and tint of the camera, which they share, do
+    not help: what is particular to that part of the body must.
     """
     B, M, _ = a.shape
-    hardest = M - 1 if hardest is None else hardest
-    if not 1 <= hardest < M:
-        raise ValueError(f"hardest={hardest} of the {M - 1} other stripes of an image")
+    assert 1 <= hardest < M, f"hardest={hardest} of the {M - 1} other stripes of an image"
     scores = a @ b.mT / temperature                                          # (B, M, M)
     positive = scores.diagonal(dim1=1, dim2=2)[:, :, None]                   # (B, M, 1)
     itself = torch.eye(M, dtype=torch.bool, device=a.device)
@@ -225,8 +232,7 @@ class UPReID(nn.Module):
     a loss of weight 0 is not computed. hardest: see `intrinsic_contrast`. groups: parts of
     a forward's batch with batch statistics of their own; of G in all processes, query and key
     share about 1 / G of the images, so one in all would leak (see `encode_keys`). shuffle=False
-    lets the statistics leak, for the tests. forward raises ValueError for a batch that cannot be
-    cut into groups.
+    lets the statistics leak, for the tests. B is a multiple of groups.
     """
 
     def __init__(self, backbone: ResNet, dim: int = 128, queue_size: int = 65536,
@@ -251,9 +257,8 @@ class UPReID(nn.Module):
         for norm in (m for m in self.modules() if isinstance(m, GroupedBatchNorm)):
             norm.groups = groups
         # the losses of a network that finds everything equally similar
-        self.reference = {"ln_queue": math.log(1 + queue_size)}
-        if weight_local:
-            self.reference["ln_stripes"] = math.log(1 + hardest)
+        self.reference = {"ln_queue": math.log(1 + queue_size)} | (
+            {"ln_stripes": math.log(1 + hardest)} if weight_local else {})
 
     def forward(self, views: dict[str, Tensor], **_) -> dict[str, Tensor]:
         """Losses {"total", "instance", "global", "local"} and diagnostics, all scalars.
@@ -261,8 +266,7 @@ class UPReID(nn.Module):
         views: "first", "second", "original" (B, 3, H, W) and "stripes1", "stripes2" (B, M, 3, H/M,
         W), augmented pixels of the same stripes.
         """
-        if len(views["first"]) % self.groups:
-            raise ValueError(f"{len(views['first'])} images do not divide by {self.groups} groups")
+        assert len(views["first"]) % self.groups == 0, f"{self.groups} groups cannot share a batch"
         feature = self.online["backbone"](views["first"])                          # (B, D)
         q = self.project(self.online, "head", feature)                             # (B, d)
         k, o = self.encode_keys(views)                                             # (B, d) each
@@ -271,13 +275,12 @@ class UPReID(nn.Module):
         # not in bfloat16: temperatures of 0.1 and 0.05 magnify its rounding 10 and 20 times
         with torch.autocast(q.device.type, enabled=False):
             losses = {"instance": info_nce(q, k, self.queue, self.temperature)}
-            total = losses["instance"]
             if self.weight_global:
                 losses["global"] = global_consistency(q, o, self.queue, self.temperature_global)
-                total = total + self.weight_global * losses["global"]
             if self.weight_local:
                 losses["local"] = intrinsic_contrast(a, b, self.temperature_local, self.hardest)
-                total = total + self.weight_local * losses["local"]                # [ours U4]
+            total = (losses["instance"] + self.weight_global * losses.get("global", 0)
+                     + self.weight_local * losses.get("local", 0))                 # [ours U4]
             return {"total": total, **losses, **self.diagnose(feature, q, k)}
 
     def project(self, encoder: nn.ModuleDict, head: str, features: Tensor) -> Tensor:
@@ -316,10 +319,8 @@ class UPReID(nn.Module):
     def encode_stripes(self, views: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """a and b, (B, M, d) each: all stripes of all images, in one forward of each encoder."""
         # no shuffling: positive and negatives are of one image, their statistics tell nothing
-        a = self.encode(self.online, "stripe_head", views["stripes1"])         # (B, M, d)
-        with torch.no_grad():
-            b = self.encode(self.momentum, "stripe_head", views["stripes2"])   # (B, M, d)
-        return a, b
+        return (self.encode(self.online, "stripe_head", views["stripes1"]),
+                self.encode(self.momentum, "stripe_head", views["stripes2"]))  # without gradient
 
     @torch.no_grad()
     def enqueue(self, k: Tensor) -> None:
@@ -499,9 +500,8 @@ class UPReIDRecipe:
 
 if __name__ == "__main__":  # the file alone, in any folder: sizes, and one step on noise
     net, images = resnet_tiny(), torch.randn(2, 3, 128, 64)
-    print(f"resnet_tiny: {sum(p.numel() for p in net.parameters()):,} parameters, images "
-          f"{tuple(images.shape)} -> map {tuple(net.forward_features(images).shape)} -> feature "
-          f"{tuple(net(images).shape)}")
+    print(f"resnet_tiny: {sum(p.numel() for p in net.parameters()):,} parameters, map "
+          f"{tuple(net.forward_features(images).shape)}, feature {tuple(net(images).shape)}")
     model = UPReID(net, queue_size=256)
     noise = {name: torch.randn(4, 3, 128, 64) for name in ("first", "second", "original")}
     noise |= {name: torch.randn(4, 4, 3, 32, 64) for name in ("stripes1", "stripes2")}

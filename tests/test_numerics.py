@@ -30,7 +30,7 @@ def test_losses_of_small_and_large_numbers(dtype, size):
     assert finite(info_nce(q, k, queue, 0.1 / max(size, 1)), q)
     assert finite(global_consistency(q, o, queue, 0.05 / max(size, 1)), q)
     a = q.view(2, 2, 16)
-    assert finite(intrinsic_contrast(a, k.view(2, 2, 16), 0.1 / max(size, 1)), q)
+    assert finite(intrinsic_contrast(a, k.view(2, 2, 16), 0.1 / max(size, 1), 1), q)
     student = (size * torch.randn(3, 4, 10)).to(dtype).float().requires_grad_()
     teacher = (size * torch.randn(2, 4, 10)).to(dtype).float().softmax(-1)
     assert finite(cls_loss(teacher, student.log_softmax(-1)), student)
