@@ -251,10 +251,8 @@ def pretrain(method: str, recipe: PersonViTRecipe | UPReIDRecipe, dataset, run: 
                 meter.reset()
             rates, now = recipe.schedule(step, len(sampler))      # of the optimiser, of the model
             for group in optimizer.param_groups:
-                group["lr"] = rates["lr"]
-                group["weight_decay"] = rates["weight_decay"] * group["decay"]
-            # stochastic depth draws from the device's own generator
-            torch.manual_seed(step_generator(recipe.seed, step, machine.rank, 2).initial_seed())
+                group.update(lr=rates["lr"], weight_decay=rates["weight_decay"] * group["decay"])
+            begin_step(recipe.seed, step, machine)
             # a step may be cut into passes, whose gradients add up, for less memory
             for passes_left in reversed(range(machine.accumulate)):
                 images, drawn = next(loader)
@@ -282,8 +280,7 @@ def exported(objective: nn.Module, epoch: int, transform, recipe) -> dict:
             "backbone": objective.backbone_for_export().state_dict()}
 
 
-def keep_and_watch(objective: nn.Module, epoch: int, transform, recipe, monitor, run: "Run",
-                   machine: "Machine") -> None:
+def keep_and_watch(objective, epoch: int, transform, recipe, monitor, run, machine) -> None:
     """Between two epochs: keep the backbone apart, and log the mAP of its plain features (losses
     say little of what is learnt), where one or the other is due after `epoch` epochs."""
     content = exported(objective, epoch, transform, recipe)
@@ -334,8 +331,7 @@ def fine_tune(recipe: Recipe, dataset, run: "Run", weights: str | None,
         for step in range(first, last):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(recipe, step // len(sampler), group["scale"])
-            # stochastic depth draws from the device's own generator
-            torch.manual_seed(step_generator(recipe.seed, step, machine.rank, 2).initial_seed())
+            begin_step(recipe.seed, step, machine)
             images, drawn = next(loader)
             images, numbers, pids = on_device(machine, images, drawn["numbers"], drawn["pids"])
             noise = None if recipe.erase == "mean" else erasing_noise(
@@ -438,6 +434,14 @@ def checked(recipe, module: nn.Module, crops: Images, sampler, run: "Run", machi
     return recipe
 
 
+def begin_step(seed: int, step: int, machine: "Machine") -> None:
+    """Set the device's own generator, from which stochastic depth draws; and tell CUDA graphs, if
+    they are wanted (docs/long-runs.md), that they may write over what the last step computed."""
+    torch.manual_seed(step_generator(seed, step, machine.rank, 2).initial_seed())
+    if machine.backend:
+        torch.compiler.cudagraph_mark_step_begin()
+
+
 def distributed(module: nn.Module, machine: "Machine") -> nn.Module:
     """The module itself, or one that averages its gradients over all processes."""
     # PyTorch 2.14 has another name for it, 2.6 only this one
@@ -522,10 +526,9 @@ class Meter:
             raise InputError(f"{len(self.broken)} of {len(self.records)} training images cannot be "
                              f"read, more than 1 %: {names}; a damaged copy, or of no known kind")
         seconds = time.perf_counter() - self.since
-        left = timedelta(seconds=round(seconds / self.steps * (last - done)))
         return {"step": done, "steps": last, **values, "broken_images": len(self.broken),
                 "img_s": round(self.images / seconds, 1), "wait": round(self.waited / seconds, 3),
-                "left": str(left)}
+                "left": str(timedelta(seconds=round(seconds / self.steps * (last - done))))}
 
 
 # ---------------------------------------------------------------------------------------------

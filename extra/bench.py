@@ -267,7 +267,6 @@ class Stages:
         for batch in make_loader(*args):
             again = True
             while again:
-                torch.compiler.cudagraph_mark_step_begin()  # what the last step wrote may go
                 yield batch
                 again = self.stage() in self.names[2:]
 
@@ -287,7 +286,7 @@ class Stages:
 
     def launches(self) -> float:
         n = self.counter.count if self.device == "cpu" else sum(  # by the names of CUDA's functions
-            bool(re.match("cu(da)?(Graph)?(Launch|Mem(cpy|set))", event.name))
+            bool(re.match("_*cu(da)?(Graph)?(Launch|Mem(cpy|set))", event.name))
             for event in self.counter.events())
         return self.per_step("launches", n)
 
