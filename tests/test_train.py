@@ -2,8 +2,10 @@
 processes, run folders, command line."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -21,10 +23,14 @@ import torch
 import torch.nn.functional as F
 from conftest import DOUBLE, PATIENCE, ROOT, Golden, Script, command, log_lines, market_tree, torchrun
 from double import NETWORKS
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import personvit
 import train
 import upreid
 from data import LUP_MEAN, LUP_STD, Images, InputError, PKSampler, ShuffleSampler, from_step, load_dataset
@@ -162,10 +168,10 @@ MODULES = {Recipe: FineTuning, PersonViTRecipe: PersonViT, UPReIDRecipe: UPReID}
 RECIPES = {"personvit": PersonViTRecipe, "upreid": UPReIDRecipe}
 
 
-def trained(recipe, dataset, folder, weights=None, monitor=None, workers=0, log_every=2, **more):
+def trained(recipe, dataset, folder, weights=None, monitor=None, workers=0, log_every=2, device="cpu", **more):
     """(what was trained, its run), trained here."""
     run = Run(folder, dataclasses.asdict(recipe))
-    machine = Machine("cpu", workers, log_every=log_every, **more)
+    machine = Machine(device, workers, log_every=log_every, **more)
     if isinstance(recipe, Recipe):
         return train.fine_tune(recipe, dataset, run, weights, machine), run
     method = next(name for name, kind in RECIPES.items() if isinstance(recipe, kind))
@@ -244,6 +250,48 @@ def test_a_step_reads_nothing_and_draws_what_the_design_names(dataset, tmp_path,
         draws = collections.Counter(watch.draws[step])
         depth = {"aten::rand": 2 * (1 + (recipe is SMALL))}      # two branches of the second block, in each forward
         assert draws == {TINY: {"aten::randn of its own generator": 1, **depth}, SMALL: depth, SMALL_UP: {}}[recipe]
+
+
+@TRAININGS
+def test_a_step_on_a_gpu_mixes_no_devices(dataset, tmp_path, monkeypatch, recipe):
+    """The loops themselves, on tensors that have shapes and a GPU's name but no content: no GPU is needed for these. An
+    operation of tensors on two devices raises, as does reading a number. (A backward pass would need the GPU.)"""
+    class Enough(Exception):
+        pass
+
+    fake, to, models = FakeTensorMode(allow_non_fake_inputs=True), torch.nn.Module.to, []
+
+    def to_gpu(model, *args, **kwargs):
+        models.append(model)
+        with fake:
+            return to(model, *args, **kwargs)
+
+    def first_batches(*args):
+        batches = list(itertools.islice(make_loader(*args), 2))
+        stack.enter_context(fake)
+        yield from batches
+        raise Enough
+
+    def hidden_patches(masks, real=personvit.hidden_patches):    # counts on the CPU, where masks are
+        with unset_fake_temporarily():
+            return real(masks)
+
+    def backward(loss):
+        assert loss.device.type == "cuda"
+        for p in models[0].parameters():
+            p.grad = torch.empty_like(p) if p.requires_grad else None
+
+    monkeypatch.setattr(torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True)
+    monkeypatch.setattr(torch.nn.Module, "to", to_gpu)
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
+    monkeypatch.setattr(torch, "_fused_sgd_", lambda params, *args, **kwargs: [p.add_(0) for p in params])  # has no shapes
+    monkeypatch.setattr(personvit, "hidden_patches", hidden_patches)
+    monkeypatch.setattr(train, "erasing_noise", lambda images, *_: torch.randn_like(images, dtype=torch.float32))
+    monkeypatch.setattr(train, "make_loader", first_batches)
+    with contextlib.ExitStack() as stack, pytest.raises(Enough):
+        trained(recipe, dataset, tmp_path / "run", device="cuda", log_every=999)
+    assert {p.device.type for p in models[0].parameters()} == {"cuda"}
 
 
 @pytest.mark.parametrize("recipe, shape", [(TINY, (6,)), (SMALL, (4,)), (SMALL_UP, (4,))],
@@ -331,6 +379,38 @@ def test_compiled_networks_and_views_change_nothing(dataset, tmp_path, monkeypat
     for name, value in eager.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-5, atol=1e-5, msg=name)
     assert not counters["graph_break"]
+
+
+@TRAININGS
+def test_nothing_that_a_graph_computed_is_used_in_the_next_step(dataset, tmp_path, monkeypatch, recipe):
+    """CUDA graphs write over it. Here it becomes NaN where a step begins, gradients of the passes before included."""
+    kept, marks = [], []
+
+    def graph(module, _):
+        def call(*args):
+            out = module(*args)
+            given = {x.untyped_storage().data_ptr() for x in args}  # parameters that a backward pass needs come out, too
+            kept.extend(x.detach() for x in out if isinstance(x, torch.Tensor) and x.is_floating_point()
+                        and x.untyped_storage().data_ptr() not in given)
+            return out
+        return make_boxed_func(call)
+
+    def begin():
+        marks.append(len(kept))
+        for tensor in kept:
+            tensor.fill_(torch.nan)
+        kept.clear()
+
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", begin)
+    recipe = dataclasses.replace(recipe, epochs=2, **({"lr": 1e-3} if recipe is SMALL_UP else {"drop_path": 0.0}))
+    passes = {} if recipe is TINY else {"accumulate": 2}
+    torch._dynamo.reset()
+    eager, _ = trained(recipe, dataset, tmp_path / "eager", **passes)
+    assert not marks
+    ours, _ = trained(recipe, dataset, tmp_path / "graphs", backend=aot_autograd(fw_compiler=graph), **passes)
+    assert len(marks) >= 6 and min(marks[1:]) > 0
+    for name, value in eager.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-5, atol=1e-5, msg=name)
 
 
 def test_batch_norms_that_make_no_graph_stay_eager():
