@@ -33,6 +33,8 @@ def pytest_configure(config):
         config.addinivalue_line("filterwarnings", f"error::{category}")
     # Python 3.12 warns of every fork of a process with threads; PyTorch's data loader forks
     config.addinivalue_line("filterwarnings", "ignore:.*multi-threaded, use of fork:DeprecationWarning")
+    # PyTorch 2.13's compiler warns of PyTorch's own code
+    config.addinivalue_line("filterwarnings", "ignore:.torch.jit:DeprecationWarning")
 
 
 class Golden:

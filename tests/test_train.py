@@ -252,6 +252,14 @@ def test_a_step_reads_nothing_and_draws_what_the_design_names(dataset, tmp_path,
         assert draws == {TINY: {"aten::randn of its own generator": 1, **depth}, SMALL: depth, SMALL_UP: {}}[recipe]
 
 
+def knows_a_gpu() -> bool:
+    """Has this PyTorch a GPU's name for tensors without content? An old one without a GPU, or one for CPUs alone, has not."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, contextlib.suppress(RuntimeError):
+        return fake.from_tensor(torch.empty(1)).to("cuda", non_blocking=True).device.type == "cuda"
+    return False
+
+
+@pytest.mark.skipif(not knows_a_gpu(), reason="this PyTorch needs a GPU for a GPU's tensors")
 @TRAININGS
 def test_a_step_on_a_gpu_mixes_no_devices(dataset, tmp_path, monkeypatch, recipe):
     """The loops themselves, on tensors that have shapes and a GPU's name but no content: no GPU is needed for these. An
