@@ -399,9 +399,9 @@ def on_device(machine: "Machine", *tensors: Tensor) -> list[Tensor]:
 
 def compiled(module: nn.Module, make_views, machine: "Machine"):
     """`make_views` as one compiled graph, and in place each network of the module, one for each
-    shape of its input: a GPU would else wait for Python to launch operation after operation. Heads
-    and losses stay as they are, how many patches are hidden differs from step to step; so do
-    networks whose batch norms share statistics among processes."""
+    shape of its input: a GPU would else wait for Python to launch operation after operation. Heads,
+    losses and networks whose batch norms share statistics among processes stay as they are: how
+    many patches are hidden differs from step to step."""
     if not machine.backend:
         return make_views
     how = {"backend": machine.backend, "fullgraph": True, "dynamic": False}
@@ -699,7 +699,8 @@ def open_run(out, recipe, dataset, overwrite: bool, machine: "Machine", weights=
     run = Run(out, described, overwrite, machine.rank)
     print(f"run {run.folder}:", *(f"{k}={v}" for k, v in described.items()))
     print(f"  torch={torch.__version__} threads={torch.get_num_threads()} {machine}" + (
-        "" if machine.backend else "; nothing is compiled, which takes a GPU and a C compiler"))
+        "; the first step compiles, for minutes if the machine has not done so before" if
+        machine.backend else "; nothing is compiled, which takes a GPU and a C compiler"))
     return run
 
 
@@ -751,13 +752,13 @@ def join_processes(machine: Machine) -> Machine:
 # ---------------------------------------------------------------------------------------------
 
 
-def pair(text: str) -> tuple:
+def two_numbers(text: str) -> tuple:
     """Two numbers, written 256x128 or 0.4x1."""
     first, second = map(float, text.split("x"))
     return (int(first), int(second)) if first % 1 == second % 1 == 0 else (first, second)
 
 
-PARSERS = {tuple[int, int]: pair, tuple[float, float]: pair,
+PARSERS = {tuple[int, int]: two_numbers, tuple[float, float]: two_numbers,
            float | None: lambda text: None if text.lower() == "none" else float(text)}
 
 
@@ -817,9 +818,8 @@ def parse_args(argv: list[str] | None = None):
     name = LUPERSON.sub("luperson", Path(known.dataset).name.lower().removesuffix(".txt"))
     usual = replace(kind.preset(name, known.arch), bf16=known.device != "cpu")
     parser = argparse.ArgumentParser(
-        description="Fine-tune for ReID and evaluate, or pre-train. Defaults depend on this line.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter, parents=[first], allow_abbrev=False,
-        conflict_handler="resolve")
+        description="Fine-tune or pre-train; defaults depend on flags.", conflict_handler="resolve",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter, parents=[first], allow_abbrev=False)
     add = parser.add_argument
     add("--data-root", default="data", help="folder that holds the datasets")
     add("--train-only", action="store_true", help="MSMT17 without its val list")

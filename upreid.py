@@ -41,25 +41,27 @@ from torch import Tensor, nn
 
 
 class GroupedBatchNorm(nn.BatchNorm2d):
-    """Batch norm of which, in training, each of `groups` equal parts of the batch has statistics of
-    its own, as if it were on a GPU of its own; (B, C, h, w) -> the same shape."""
+    """Batch norm of which, in training, each of `groups` successive, equal parts of the batch has
+    statistics of its own, as if it were on a GPU of its own; (B, C, h, w) -> the same shape."""
 
     groups = 1
 
     def forward(self, x: Tensor) -> Tensor:
-        G, C, m, norm = self.groups, self.num_features, self.momentum, super().forward
+        G, C, share, norm = self.groups, self.num_features, self.momentum, super().forward
         if G == 1 or not self.training:
             return norm(x)
         if not torch.compiler.is_compiling():
             return torch.cat([norm(part) for part in x.chunk(G)])
-        # in a graph one norm of G C channels, for a GPU; on a CPU copies would make it slower
+        # in a graph one norm of G C channels; launched alone, its copies cost more than the loop
         x = x.unflatten(0, (G, -1)).transpose(0, 1).flatten(1, 2)            # (B/G, G C, h, w)
-        new = self.running_mean.new_zeros(2, G, C)                           # mean, variance
+        # mean and variance of each group: all of them is new, as the momentum is 1
+        new = self.running_mean.new_zeros(2, G, C)
         x = F.batch_norm(x, *new.flatten(1), self.weight.repeat(G), self.bias.repeat(G), True, 1.0)
-        # the running statistics, as if the groups had come in turn
-        new = (new * m * (1 - m) ** torch.arange(G, device=x.device).flip(0)[:, None]).sum(1)
-        for old, values in zip((self.running_mean, self.running_var), new):
-            old.mul_((1 - m) ** G).add_(values)
+        # the running statistics, as if the groups had come in turn: `share` of each enters, and
+        # shrinks with each that follows
+        left = (1 - share) ** torch.arange(G - 1, -1, -1, dtype=new.dtype, device=x.device)  # (G,)
+        for old, now in zip((self.running_mean, self.running_var), (left[:, None] * new).sum(1)):
+            old.mul_((1 - share) ** G).add_(share * now)
         self.num_batches_tracked.add_(G)
         return x.unflatten(1, (G, C)).transpose(0, 1).flatten(0, 1)
 
@@ -204,7 +206,7 @@ def intrinsic_contrast(a: Tensor, b: Tensor, temperature: float, hardest: int) -
     equally similar. As they are of one image, light and tint of the camera, which they share, do
     not help: what is particular to that part of the body must.
     """
-    B, M, _ = a.shape
+    M = a.shape[1]
     assert 1 <= hardest < M, f"hardest={hardest} of the {M - 1} other stripes of an image"
     scores = a @ b.mT / temperature                                          # (B, M, M)
     positive = scores.diagonal(dim1=1, dim2=2)[:, :, None]                   # (B, M, 1)
@@ -264,7 +266,7 @@ class UPReID(nn.Module):
         """Losses {"total", "instance", "global", "local"} and diagnostics, all scalars.
 
         views: "first", "second", "original" (B, 3, H, W) and "stripes1", "stripes2" (B, M, 3, H/M,
-        W), augmented pixels of the same stripes.
+        W), augmented pixels of the same stripes. What a loss of weight 0 alone needs may be absent.
         """
         assert len(views["first"]) % self.groups == 0, f"{self.groups} groups cannot share a batch"
         feature = self.online["backbone"](views["first"])                          # (B, D)
@@ -320,7 +322,7 @@ class UPReID(nn.Module):
         """a and b, (B, M, d) each: all stripes of all images, in one forward of each encoder."""
         # no shuffling: positive and negatives are of one image, their statistics tell nothing
         return (self.encode(self.online, "stripe_head", views["stripes1"]),
-                self.encode(self.momentum, "stripe_head", views["stripes2"]))  # without gradient
+                self.encode(self.momentum, "stripe_head", views["stripes2"]))  # g takes no gradient
 
     @torch.no_grad()
     def enqueue(self, k: Tensor) -> None:

@@ -41,7 +41,7 @@ from evaluate import (build_backbone, device_name, evaluate, load_model, load_we
 from extra.bench import staged
 from extra.pictures import draw_dots, draw_ranks
 from train import (METHODS, Machine, Recipe, can_compile, check_values, fine_tune_and_evaluate,
-                   open_run, pair, pretrain, stored)
+                   open_run, pretrain, stored, two_numbers)
 
 RANDOM, TITLES = "random weights", {"upreid": "UP-ReID", "personvit": "PersonViT"}
 
@@ -358,7 +358,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--data-root", default="data", help="folder that holds the datasets")
     add("--seeds", nargs="+", type=int, metavar="N", help="default: 0, of studies 0 to 4")
     add("--arch", nargs="+", help="resnet50, vit_small or both; default: resnet_tiny, vit_mini")
-    add("--size", type=pair, help="height x width, in both trainings; default: the recipe's")
+    add("--size", type=two_numbers, help="height x width, in both trainings; default: the recipe's")
     add("--epochs", type=int, metavar="N", help="of fine-tuning; default: 24, demo 12, 24")
     add("--pretrain-epochs", type=int, metavar="N", help="pre-training; laptop 16, 64, demo 12, 8")
     add("--labelled", nargs=1, type=float, metavar="SHARE", help="of the people to fine-tune on")

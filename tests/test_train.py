@@ -1049,7 +1049,7 @@ def test_mistakes_get_one_line(tmp_path, monkeypatch):
     ("--optimizer adm", "invalid choice: 'adm'"), ("--arch resnet5", "invalid choice: 'resnet5'"),
     ("--pretrain personvit --arch resnet50", "invalid choice: 'resnet50'"), ("--pretrain dino", "invalid choice"),
     ("--prototypes 9", "unrecognized arguments: --prototypes"), ("--size 64.5x32", "--size (64.5, 32.0): two whole numbers"),
-    ("--size 4x4", "from 8 to 4096"), ("--size 8192x64", "from 8 to 4096"), ("--size 64x", "--size: invalid pair value: '64x'"),
+    ("--size 4x4", "from 8 to 4096"), ("--size 8192x64", "from 8 to 4096"), ("--size 64x", "--size: invalid two_numbers value: '64x'"),
     ("--pretrain upreid --temperature-local 0", "must be more than 0"), ("--pretrain personvit --teacher-temp-end 0", "more than 0")])
 def test_mistakes_on_the_command_line(args, words, capsys):
     with pytest.raises(SystemExit) as caught:
