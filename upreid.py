@@ -54,7 +54,7 @@ class GroupedBatchNorm(nn.BatchNorm2d):
             return torch.cat([norm(part) for part in x.chunk(G)])
         # in a graph one norm of G C channels; launched alone, its copies cost more than the loop
         x = x.unflatten(0, (G, -1)).transpose(0, 1).flatten(1, 2)            # (B/G, G C, h, w)
-        # mean and variance of each group: all of them is new, as the momentum is 1
+        # mean and variance of each group; with a momentum of 1 nothing of the zeros is left
         new = self.running_mean.new_zeros(2, G, C)
         x = F.batch_norm(x, *new.flatten(1), self.weight.repeat(G), self.bias.repeat(G), True, 1.0)
         # the running statistics, as if the groups had come in turn: `share` of each enters, and
