@@ -50,10 +50,11 @@ class GroupedBatchNorm(nn.BatchNorm2d):
         G, C, share, norm = self.groups, self.num_features, self.momentum, super().forward
         if G == 1 or not self.training:
             return norm(x)
+        x = x.unflatten(0, (G, -1))                                          # (G, B/G, C, h, w)
         if not torch.compiler.is_compiling():
-            return torch.cat([norm(part) for part in x.chunk(G)])
+            return torch.cat([norm(part) for part in x])
         # in a graph one norm of G C channels; launched alone, its copies cost more than the loop
-        x = x.unflatten(0, (G, -1)).transpose(0, 1).flatten(1, 2)            # (B/G, G C, h, w)
+        x = x.transpose(0, 1).flatten(1, 2)                                  # (B/G, G C, h, w)
         # mean and variance of each group; with a momentum of 1 nothing of the zeros is left
         new = self.running_mean.new_zeros(2, G, C)
         x = F.batch_norm(x, *new.flatten(1), self.weight.repeat(G), self.bias.repeat(G), True, 1.0)
@@ -234,7 +235,8 @@ class UPReID(nn.Module):
     a loss of weight 0 is not computed. hardest: see `intrinsic_contrast`. groups: parts of
     a forward's batch with batch statistics of their own; of G in all processes, query and key
     share about 1 / G of the images, so one in all would leak (see `encode_keys`). shuffle=False
-    lets the statistics leak, for the tests. B is a multiple of groups.
+    lets the statistics leak, for the tests. forward raises RuntimeError for a batch that cannot be
+    cut into groups.
     """
 
     def __init__(self, backbone: ResNet, dim: int = 128, queue_size: int = 65536,
@@ -268,7 +270,6 @@ class UPReID(nn.Module):
         views: "first", "second", "original" (B, 3, H, W) and "stripes1", "stripes2" (B, M, 3, H/M,
         W), augmented pixels of the same stripes. What a loss of weight 0 alone needs may be absent.
         """
-        assert len(views["first"]) % self.groups == 0, f"{self.groups} groups cannot share a batch"
         feature = self.online["backbone"](views["first"])                          # (B, D)
         q = self.project(self.online, "head", feature)                             # (B, d)
         k, o = self.encode_keys(views)                                             # (B, d) each
