@@ -2,7 +2,7 @@
 #   PYTHON=python make test        uses the environment you are in
 
 .DEFAULT_GOAL := help
-.PHONY: help demo study evidence test stress pretrain-upreid pretrain-personvit finetune evaluate bench readme clean test-first test-second
+.PHONY: help demo study evidence test stress pretrain-upreid pretrain-personvit finetune evaluate check-gpu bench readme clean test-first test-second
 
 DATASET   ?= synthetic
 DATA_ROOT ?= data
@@ -30,7 +30,7 @@ help:  ## this list
 demo: $(SETUP)  ## synthetic people: draw, pre-train, fine-tune, evaluate, rank list; minutes on a CPU
 	$(PYTHON) -m extra.study demo --data-root "$(DATA_ROOT)" $(FLAGS)
 
-study: $(SETUP)  ## does pre-training pay? STUDY=few-shot upreid personvit epochs data initialisation; five seeds, hours
+study: $(SETUP)  ## does pre-training help? STUDY=few-shot upreid personvit epochs data initialisation; five seeds, hours
 	$(PYTHON) -m extra.study $(STUDY) --dataset "$(DATASET)" --data-root "$(DATA_ROOT)" $(FLAGS)
 
 evidence: $(SETUP)  ## ... of ViT-S, on a GPU: DATASET=market1501; says how long it takes, goes on after a stop
@@ -46,8 +46,8 @@ test-first:
 test-second:
 	$(PYTHON) -m pytest -q -p no:cacheprovider $(FIRST:%=--ignore=%) tests *.py --doctest-modules
 
-stress: $(SETUP)  ## kill trainings at random moments, go on, compare: FLAGS="--kills 20"
-	$(PYTHON) -m extra.stress $(FLAGS)
+stress: $(SETUP)  ## kill trainings at random moments, continue, compare: FLAGS="--kills 20"
+	$(PYTHON) tests/stress.py $(FLAGS)
 
 pretrain-upreid: $(SETUP)  ## UP-ReID pre-training: DATASET=luperson GPUS=8, or any folder
 	$(TRAIN) --pretrain upreid --dataset "$(DATASET)" --data-root "$(DATA_ROOT)" \
@@ -64,7 +64,10 @@ finetune: $(SETUP)  ## fine-tune and evaluate: DATASET=msmt17 ARCH=vit_small WEI
 evaluate: $(SETUP)  ## evaluate a fine-tuned model: DATASET=msmt17 WEIGHTS=runs/msmt17_vit_small/model.pth
 	$(PYTHON) evaluate.py --dataset "$(DATASET)" --data-root "$(DATA_ROOT)" $(if $(WEIGHTS),--weights "$(WEIGHTS)") $(FLAGS)
 
-bench: $(SETUP)  ## speed on this machine: networks beside torchvision's, whole trainings, ranking
+check-gpu: $(SETUP)  ## is this GPU right? a step of each training beside the CPU's, in a minute or a few
+	$(PYTHON) -m extra.bench --check $(FLAGS)
+
+bench: $(SETUP)  ## speed on this machine: whole trainings, ranking; FLAGS="--only personvit"
 	$(PYTHON) -m extra.bench $(FLAGS)
 
 readme:  ## repair the line numbers of the links in README.md and docs/

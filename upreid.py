@@ -1,10 +1,14 @@
-"""UP-ReID (arXiv 2112.00317): a ResNet, pre-trained on unlabelled crops of people.
+"""UP-ReID, an interpretation of its abstract: a ResNet, pre-trained on unlabelled crops of people.
 
-Of the paper only the abstract could be consulted, and no code of it is public. The abstract states:
-contrastive learning; augmentation can destroy clues that tell people apart; so an intra-identity
-regularisation with a global part, consistency between augmented and original image, and a local
-part, an intrinsic contrast among local patches of one image. How, it does not state: U1 to U4 below
-are this project's reading, tagged [ours]. They extend LUPerson's MoCo v2, which is known [LUP].
+"Unleashing the Potential of Unsupervised Pre-Training with Intra-Identity Regularization for Person
+Re-Identification", arXiv 2112.00317; without "the" in CVPR 2022, doi 10.1109/cvpr52688.2022.01390.
+
+Of the paper only the abstract could be consulted. Its announced repository (Frost-Yang-99/UP-ReID)
+holds no code. The abstract states: contrastive learning; augmentation can destroy clues that tell
+people apart; so an intra-identity regularisation with a global part, consistency between augmented
+and original image, and a local part, an intrinsic contrast among local patches of one image. How,
+it does not state: U1 to U4 below are this project's reading, tagged [ours]. They extend LUPerson's
+MoCo v2, whose code is public [LUP].
 
     x          person image, as it is                                (B, 3, H, W)     H = 2 W
     x1, x2     two augmentations of x                                (B, 3, H, W)
@@ -19,8 +23,10 @@ are this project's reading, tagged [ours]. They extend LUPerson's MoCo v2, which
     L        = L_con + weight_global L_glob + weight_local L_loc                          [ours U4]
 
 f's backbone is exported. What differs from the ResNet of an ImageNet course: the last stage may
-keep its resolution (`last_stride=1`), and there is no classifier: identities are fine-tuning's
-business. Parameter names are torchvision's, so that public ResNet-50 files load.
+keep its resolution (`last_stride=1`); a batch norm may compute its statistics for groups of the
+batch (`GroupedBatchNorm`); deep networks start with blocks that add nothing; and there is no
+classifier, as identities belong to fine-tuning. Parameter names are torchvision's, so that public
+ResNet-50 files load. The same objective, view by view, is `plain_forward` in tests/test_upreid.py.
 
 Read `UPReID.forward`, then the three losses, then `ResNet.forward_features`.
 """
@@ -40,45 +46,17 @@ from torch import Tensor, nn
 # ---------------------------------------------------------------------------------------------
 
 
-class GroupedBatchNorm(nn.BatchNorm2d):
-    """Batch norm of which, in training, each of `groups` successive, equal parts of the batch has
-    statistics of its own, as if it were on a GPU of its own; (B, C, h, w) -> the same shape."""
-
-    groups = 1
-
-    def forward(self, x: Tensor) -> Tensor:
-        G, C, share, norm = self.groups, self.num_features, self.momentum, super().forward
-        if G == 1 or not self.training:
-            return norm(x)
-        x = x.unflatten(0, (G, -1))                                          # (G, B/G, C, h, w)
-        if not torch.compiler.is_compiling():
-            return torch.cat([norm(part) for part in x])
-        # in a graph one norm of G C channels; launched alone, its copies cost more than the loop
-        x = x.transpose(0, 1).flatten(1, 2)                                  # (B/G, G C, h, w)
-        # mean and variance of each group; with a momentum of 1 nothing of the zeros is left
-        new = self.running_mean.new_zeros(2, G, C)
-        x = F.batch_norm(x, *new.flatten(1), self.weight.repeat(G), self.bias.repeat(G), True, 1.0)
-        # the running statistics, as if the groups had come in turn: `share` of each enters, and
-        # shrinks with each that follows
-        left = (1 - share) ** torch.arange(G - 1, -1, -1, dtype=new.dtype, device=x.device)  # (G,)
-        for old, now in zip((self.running_mean, self.running_var), (left[:, None] * new).sum(1)):
-            old.mul_((1 - share) ** G).add_(share * now)
-        self.num_batches_tracked.add_(G)
-        return x.unflatten(1, (G, C)).transpose(0, 1).flatten(0, 1)
-
-
 class Bottleneck(nn.Module):
     """1x1, 3x3, 1x1 convolutions and a shortcut; (B, C, h, w) -> (B, 4 width, h/stride, w/stride).
 
     Source: He et al. 2016. The stride sits on the 3x3 convolution ("v1.5"), as torchvision has it;
-    the paper put it on the first 1x1, which skips three quarters of its input.
+    the paper put it on the first 1x1, which skips three quarters of its input. `GroupedBatchNorm`
+    is batch norm; `UPReID.encode_keys` says why it has groups.
     """
-
-    expansion = 4  # output channels per inner channel
 
     def __init__(self, channels: int, width: int, stride: int):
         super().__init__()
-        out = width * self.expansion
+        out = 4 * width
         # no bias: the batch norm behind each convolution subtracts the mean and would cancel it
         self.conv1 = nn.Conv2d(channels, width, 1, bias=False)
         self.bn1 = GroupedBatchNorm(width)
@@ -86,19 +64,26 @@ class Bottleneck(nn.Module):
         self.bn2 = GroupedBatchNorm(width)
         self.conv3 = nn.Conv2d(width, out, 1, bias=False)
         self.bn3 = GroupedBatchNorm(out)
-        self.relu = nn.ReLU(inplace=True)
-        self.downsample = None  # torchvision's name; it fits the shortcut to the output's shape
+        self.downsample = nn.Identity()  # torchvision's name; fits the shortcut to the output
         if stride != 1 or channels != out:
             self.downsample = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False),
                                             GroupedBatchNorm(out))
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)
-        x = self.relu(self.bn1(self.conv1(x)))
-        x = self.relu(self.bn2(self.conv2(x)))
+        shortcut = self.downsample(x)
+        # in place is safe: the backward pass of a batch norm needs its input, not its output
+        x = self.bn1(self.conv1(x)).relu_()
+        x = self.bn2(self.conv2(x)).relu_()
         x = self.bn3(self.conv3(x))
-        x += shortcut  # safe in place: the backward pass of bn3 needs its input, not this output
-        return self.relu(x)  # after the sum, not before: else a block could only ever add
+        x += shortcut
+        return x.relu_()  # after the sum, not before: else a block could only ever add
+
+
+def make_stage(channels: int, width: int, depth: int, stride: int) -> nn.Sequential:
+    """`depth` blocks, the first with a stride; (B, channels, h, w) -> (B, 4 width, ...)."""
+    first = Bottleneck(channels, width, stride)
+    others = [Bottleneck(4 * width, width, 1) for _ in range(depth - 1)]
+    return nn.Sequential(first, *others)
 
 
 class ResNet(nn.Module):
@@ -110,36 +95,32 @@ class ResNet(nn.Module):
     al. 2016.
     """
 
-    def __init__(self, depths: tuple[int, ...] = (3, 4, 6, 3), width: int = 64,
-                 last_stride: int = 1):
+    def __init__(self, depths: tuple[int, ...], width: int = 64, last_stride: int = 1):
         super().__init__()
-        if len(depths) != 4 or min(depths) < 1:
-            raise ValueError(f"ResNet has four stages of at least one block, got depths={depths}")
+        assert len(depths) == 4 and min(depths) > 0, f"blocks of four stages, not {depths}"
         self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
         self.bn1 = GroupedBatchNorm(width)
-        self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        channels = width
-        for stage, (depth, stride) in enumerate(zip(depths, (1, 2, 2, last_stride))):
-            blocks = []
-            for i in range(depth):
-                blocks.append(Bottleneck(channels, width << stage, stride if i == 0 else 1))
-                channels = (width << stage) * Bottleneck.expansion
-            setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))  # torchvision's names
-        self.embed_dim = channels
+        self.layer1 = make_stage(width, width, depths[0], 1)
+        self.layer2 = make_stage(4 * width, 2 * width, depths[1], 2)
+        self.layer3 = make_stage(8 * width, 4 * width, depths[2], 2)
+        self.layer4 = make_stage(16 * width, 8 * width, depths[3], last_stride)
+        self.embed_dim = 32 * width
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 # keeps the variance of gradients through ReLUs (He et al. 2015)
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            # gradients of a deep network explode unless its blocks add nothing at first (Goyal et
-            # al. 2017); with one block a stage it learns less that way (docs/results.md)
+            # zero-init of each block's last batch norm (Goyal et al. 2017): blocks add nothing at
+            # first. torchvision starts from 1, which trains, too. In the one setting tried here a
+            # ResNet-50 learnt less from 1; a network of one block a stage learnt more from 1
+            # (docs/choices.md)
             if isinstance(module, Bottleneck) and max(depths) > 1:
                 nn.init.zeros_(module.bn3.weight)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Last feature map: (B, 3, H, W) -> (B, embed_dim, h, w), h = H/16 for last_stride=1, H/32
         for 2."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))  # (B, width, H/4, W/4)
+        x = self.bn1(self.conv1(x)).relu_()                   # (B, width, H/2, W/2)
+        x = F.max_pool2d(x, 3, stride=2, padding=1)           # (B, width, H/4, W/4)
         x = self.layer1(x)                                    # (B, 4 width, H/4, W/4)
         x = self.layer2(x)                                    # (B, 8 width, H/8, W/8)
         x = self.layer3(x)                                    # (B, 16 width, H/16, W/16)
@@ -176,8 +157,8 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
     """
     positive = (q * k).sum(1, keepdim=True)                                  # (B, 1)
     negatives = q @ queue.T                                                  # (B, K)
-    scores = torch.cat([positive, negatives], dim=1) / temperature           # (B, 1 + K)
-    return -scores.log_softmax(1)[:, 0].mean()
+    logits = torch.cat([positive, negatives], dim=1) / temperature           # (B, 1 + K)
+    return -logits.log_softmax(1)[:, 0].mean()
 
 
 def global_consistency(q: Tensor, o: Tensor, queue: Tensor, temperature: float) -> Tensor:
@@ -194,7 +175,8 @@ def global_consistency(q: Tensor, o: Tensor, queue: Tensor, temperature: float) 
     # o comes without a gradient; detached all the same, so that this function is right by itself
     log_r = (o.detach() @ queue.T / temperature).log_softmax(1)              # (B, K)
     # KL(P||R) + KL(R||P) = sum P (log P - log R) + R (log R - log P)
-    return ((log_p.exp() - log_r.exp()) * (log_p - log_r)).sum(1).mean() / 2
+    kl = ((log_p.exp() - log_r.exp()) * (log_p - log_r)).sum(1)              # (B,)
+    return kl.mean() / 2
 
 
 def intrinsic_contrast(a: Tensor, b: Tensor, temperature: float, hardest: int) -> Tensor:
@@ -204,21 +186,161 @@ def intrinsic_contrast(a: Tensor, b: Tensor, temperature: float, hardest: int) -
     find stripe m of b: L = -mean over images and m of
     log[ exp(a_m.b_m / T) / (exp(a_m.b_m / T) + sum over j in H_m of exp(a_m.b_j / T)) ], H_m the
     `hardest` (most similar) of the other M - 1 stripes of the image. ln(1 + hardest) when all are
-    equally similar. As they are of one image, light and tint of the camera, which they share, do
-    not help: what is particular to that part of the body must.
+    equally similar. All are of one image and share the light and tint of its camera, which so
+    cannot help; what is particular to a part of the body is meant to.
     """
     M = a.shape[1]
     assert 1 <= hardest < M, f"hardest={hardest} of the {M - 1} other stripes of an image"
-    scores = a @ b.mT / temperature                                          # (B, M, M)
-    positive = scores.diagonal(dim1=1, dim2=2)[:, :, None]                   # (B, M, 1)
+    logits = a @ b.mT / temperature                                          # (B, M, M)
+    positive = logits.diagonal(dim1=1, dim2=2)[:, :, None]                   # (B, M, 1)
     itself = torch.eye(M, dtype=torch.bool, device=a.device)
-    negatives = scores.masked_fill(itself, -torch.inf).topk(hardest).values  # (B, M, hardest)
-    return -torch.cat([positive, negatives], dim=2).log_softmax(2)[:, :, 0].mean()
+    negatives = logits.masked_fill(itself, -torch.inf).topk(hardest).values  # (B, M, hardest)
+    logits = torch.cat([positive, negatives], dim=2)                         # (B, M, 1 + hardest)
+    return -logits.log_softmax(2)[:, :, 0].mean()
 
 
 # ---------------------------------------------------------------------------------------------
 # The objective
 # ---------------------------------------------------------------------------------------------
+
+
+class UPReID(nn.Module):
+    """Online and momentum encoder and the queue; forward gives the losses of one step.
+
+    backbone: the online ResNet; the momentum encoder starts as its copy and follows it. recipe:
+    sizes, temperatures and weights of the losses; a loss of weight 0 is not computed. groups: parts
+    of this process's batch with batch statistics of their own. With G groups in all processes query
+    and key of an image share about 1 / G of their statistics' images, and a single group would leak
+    (see `encode_keys`). forward raises RuntimeError for a batch that cannot be cut into groups.
+    """
+
+    shuffle = True  # False lets the statistics leak, for the tests
+
+    def __init__(self, backbone: ResNet, recipe: "UPReIDRecipe", groups: int):
+        super().__init__()
+        self.recipe = recipe
+        self.groups = groups
+        # the losses of a network that finds everything equally similar
+        self.reference = {"ln_queue": math.log(1 + recipe.queue)}
+        D = backbone.embed_dim
+        d = recipe.dim
+        self.online = nn.ModuleDict({"backbone": backbone, "head": projection_head(D, d)})
+        if recipe.weight_local:
+            self.online["stripe_head"] = projection_head(D, d)
+            self.reference["ln_stripes"] = math.log(1 + recipe.hardest)
+        self.momentum = copy.deepcopy(self.online).requires_grad_(False)
+        # random at first: k is easy to tell from random vectors, so that L_con starts low and rises
+        # until the keys of real images fill the queue
+        self.register_buffer("queue", F.normalize(torch.randn(recipe.queue, d), dim=1))
+        self.register_buffer("oldest", torch.zeros((), dtype=torch.long))  # the next key's place
+        self.new_keys = []                                       # since the queue last moved
+        for module in self.modules():
+            if isinstance(module, GroupedBatchNorm):
+                module.groups = groups
+
+    def forward(self, views: dict[str, Tensor], **_) -> dict[str, Tensor]:
+        """Losses {"total", "instance", "global", "local"} and diagnostics, all scalars.
+
+        views: "first", "second", "original" (B, 3, H, W) and "stripes1", "stripes2" (B, M, 3, H/M,
+        W), augmented pixels of the same stripes. What a loss of weight 0 alone needs may be absent.
+        """
+        recipe = self.recipe
+        feature = self.online["backbone"](views["first"])                          # (B, D)
+        q = F.normalize(self.online["head"](feature).float(), dim=1)               # (B, d)
+        keys = self.encode_keys(views)                          # k and, unless U2 is off, o
+        k = keys[:, 0]                                                             # (B, d)
+        self.new_keys.append(all_gather(k))
+        if recipe.weight_local:
+            # not shuffled: positive and negatives are of one image, so statistics tell nothing
+            a = self.encode(self.online, "stripe_head", views["stripes1"])         # (B, M, d)
+            b = self.encode(self.momentum, "stripe_head", views["stripes2"])       # no gradient
+        # not in bfloat16: temperatures of 0.1 and 0.05 magnify its rounding 10 and 20 times
+        with torch.autocast(q.device.type, enabled=False):
+            losses = {"instance": info_nce(q, k, self.queue, recipe.temperature)}
+            total = losses["instance"]                                             # [ours U4]
+            if recipe.weight_global:
+                o = keys[:, 1]                                                     # (B, d)
+                losses["global"] = global_consistency(q, o, self.queue, recipe.temperature_global)
+                total = total + recipe.weight_global * losses["global"]
+            if recipe.weight_local:
+                losses["local"] = intrinsic_contrast(a, b, recipe.temperature_local, recipe.hardest)
+                total = total + recipe.weight_local * losses["local"]
+            return {"total": total, **losses, **self.diagnose(feature, q, k)}
+
+    def encode(self, encoder: nn.ModuleDict, head: str, views: Tensor) -> Tensor:
+        """Several views of each image in one forward: (B, V, 3, H, W) -> unit vectors (B, V, d)."""
+        features = encoder["backbone"](views.flatten(0, 1))                        # (B V, D)
+        vectors = F.normalize(encoder[head](features).float(), dim=1)              # (B V, d)
+        return vectors.unflatten(0, views.shape[:2])
+
+    @torch.no_grad()
+    def encode_keys(self, views: dict[str, Tensor]) -> Tensor:
+        """k of the second views and, unless U2 is off, o of the originals: (B, 1 or 2, d), in one
+        forward; no gradient: g follows f slowly, so that old keys in the queue stay comparable.
+
+        If batch norm took statistics over the same images for q and for k, the network could
+        recognise the batch instead of the person: the positive is of this batch, the negatives in
+        the queue are not. So keys are grouped differently from queries [MoCo: "shuffling BN"].
+        Write the n images row by row into a table with G columns, one per group of all processes:
+        n / G successive images are a group of queries, a column is a group of keys. Any two groups
+        have about one in G of their images in common (exactly, where G^2 divides n). Unlike MoCo's,
+        the keys' statistics include the originals.
+        """
+        images = [views["second"]]                                             # (B, 3, H, W)
+        if self.recipe.weight_global:
+            images.append(views["original"])
+        images = all_gather(torch.stack(images, dim=1))     # (n, 1 or 2, 3, H, W), n = B processes
+        order = torch.arange(len(images), device=images.device)                # (n,)
+        if self.shuffle:
+            table = order.unflatten(0, (-1, world_size() * self.groups))       # (n/G, G)
+            order = table.T.flatten()
+        mine = images[shard(order)]                                            # (B, 1 or 2, ...)
+        keys = all_gather(self.encode(self.momentum, "head", mine))            # (n, 1 or 2, d)
+        return keys[shard(order.argsort())]                 # the inverse order: (B, 1 or 2, d)
+
+    @torch.no_grad()
+    def diagnose(self, feature: Tensor, q: Tensor, k: Tensor) -> dict[str, Tensor]:
+        """accuracy: fraction of queries more similar to their key than to all of the queue.
+        feature_std, query_std: `spread` of the backbone's features and of q; one may collapse
+        without the other."""
+        best = (q @ self.queue.T).amax(1)                                          # (B,)
+        return {"accuracy": ((q * k).sum(1) > best).float().mean(),
+                "feature_std": spread(feature), "query_std": spread(q)}
+
+    def clip_gradients(self, epoch: int) -> Tensor:
+        """Nothing is clipped or frozen [LUP]; the norm of all gradients."""
+        return nn.utils.get_total_norm([p.grad for p in self.online.parameters()])
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float, **_) -> None:
+        """Once per optimiser step. Parameters of g, the momentum encoder (the "teacher" of
+        train.py's loop): g = m g + (1 - m) f. New keys replace the oldest in the queue.
+
+        Not in forward: the losses still need the old queue for their gradients. Statistics of batch
+        norm are not copied: g has those of its own forwards.
+        """
+        # the line above for all parameters, in one launch on a GPU
+        torch._foreach_lerp_(list(self.momentum.parameters()), list(self.online.parameters()),
+                             1 - momentum)
+        K = len(self.queue)
+        k = torch.cat(self.new_keys)[-K:]                                          # (n, d)
+        places = (self.oldest + torch.arange(len(k), device=k.device)) % K         # of the oldest
+        self.queue[places] = k
+        self.oldest.add_(len(k)).remainder_(K)
+        self.new_keys.clear()
+
+    def warning(self, values: dict[str, float]) -> str:
+        """What a line of the log warns of, or nothing. COLLAPSE?: all images have the same feature,
+        or the same query."""
+        # at random weights above 0.3 on images of people; the limit is ours
+        if values["feature_std"] > 1e-2 and values["query_std"] > 1e-2:  # NaN is not
+            return ""
+        return "COLLAPSE?"
+
+    def backbone_for_export(self) -> ResNet:
+        """The online encoder's ResNet [LUP]. The running statistics of its batch norms are those of
+        whole images and stripes together; fine-tuning finds its own."""
+        return self.online["backbone"]
 
 
 def projection_head(embed_dim: int, dim: int) -> nn.Sequential:
@@ -227,162 +349,51 @@ def projection_head(embed_dim: int, dim: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(embed_dim, embed_dim), nn.ReLU(), nn.Linear(embed_dim, dim))
 
 
-class UPReID(nn.Module):
-    """Online and momentum encoder and the queue; forward gives the losses of one step.
-
-    backbone: the online ResNet; the momentum encoder starts as its copy and follows it. dim d,
-    queue_size K [LUP]. Temperatures and weights are of the losses above (sources: `UPReIDRecipe`);
-    a loss of weight 0 is not computed. hardest: see `intrinsic_contrast`. groups: parts of
-    a forward's batch with batch statistics of their own; of G in all processes, query and key
-    share about 1 / G of the images, so one in all would leak (see `encode_keys`). shuffle=False
-    lets the statistics leak, for the tests. forward raises RuntimeError for a batch that cannot be
-    cut into groups.
-    """
-
-    def __init__(self, backbone: ResNet, dim: int = 128, queue_size: int = 65536,
-                 temperature: float = 0.1, temperature_global: float = 0.05,
-                 temperature_local: float = 0.1, weight_global: float = 1.0,
-                 weight_local: float = 1.0, hardest: int = 2, groups: int = 2,
-                 shuffle: bool = True):
-        super().__init__()
-        D = backbone.embed_dim
-        self.online = nn.ModuleDict({"backbone": backbone, "head": projection_head(D, dim)})
-        if weight_local:  # stripes have a head of their own
-            self.online["stripe_head"] = projection_head(D, dim)
-        self.momentum = copy.deepcopy(self.online).requires_grad_(False)
-        # random at first, which is too easy: L_con starts low and rises until real keys fill it
-        self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1))
-        self.register_buffer("oldest", torch.zeros((), dtype=torch.long))  # the next key's place
-        self.new_keys: list[Tensor] = []                         # since the queue last moved
-        self.temperature, self.temperature_global = temperature, temperature_global
-        self.temperature_local, self.hardest = temperature_local, hardest
-        self.weight_global, self.weight_local = weight_global, weight_local
-        self.groups, self.shuffle = groups, shuffle
-        for norm in (m for m in self.modules() if isinstance(m, GroupedBatchNorm)):
-            norm.groups = groups
-        # the losses of a network that finds everything equally similar
-        self.reference = {"ln_queue": math.log(1 + queue_size)} | (
-            {"ln_stripes": math.log(1 + hardest)} if weight_local else {})
-
-    def forward(self, views: dict[str, Tensor], **_) -> dict[str, Tensor]:
-        """Losses {"total", "instance", "global", "local"} and diagnostics, all scalars.
-
-        views: "first", "second", "original" (B, 3, H, W) and "stripes1", "stripes2" (B, M, 3, H/M,
-        W), augmented pixels of the same stripes. What a loss of weight 0 alone needs may be absent.
-        """
-        feature = self.online["backbone"](views["first"])                          # (B, D)
-        q = self.project(self.online, "head", feature)                             # (B, d)
-        k, o = self.encode_keys(views)                                             # (B, d) each
-        self.new_keys.append(gathered(k))
-        a, b = self.encode_stripes(views) if self.weight_local else (None, None)   # (B, M, d) each
-        # not in bfloat16: temperatures of 0.1 and 0.05 magnify its rounding 10 and 20 times
-        with torch.autocast(q.device.type, enabled=False):
-            losses = {"instance": info_nce(q, k, self.queue, self.temperature)}
-            if self.weight_global:
-                losses["global"] = global_consistency(q, o, self.queue, self.temperature_global)
-            if self.weight_local:
-                losses["local"] = intrinsic_contrast(a, b, self.temperature_local, self.hardest)
-            total = (losses["instance"] + self.weight_global * losses.get("global", 0)
-                     + self.weight_local * losses.get("local", 0))                 # [ours U4]
-            return {"total": total, **losses, **self.diagnose(feature, q, k)}
-
-    def project(self, encoder: nn.ModuleDict, head: str, features: Tensor) -> Tensor:
-        """Features (..., D) -> unit vectors (..., d) in float32."""
-        return F.normalize(encoder[head](features).float(), dim=-1)
-
-    def encode(self, encoder: nn.ModuleDict, head: str, views: Tensor) -> Tensor:
-        """Several views of each image in one forward: (B, V, 3, H, W) -> unit vectors (B, V, d)."""
-        features = encoder["backbone"](views.flatten(0, 1))                    # (B V, D)
-        return self.project(encoder, head, features).unflatten(0, views.shape[:2])
-
-    @torch.no_grad()
-    def encode_keys(self, views: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """k of the second views and o of the originals (None when U2 is off), (B, d) each, in one
-        forward; no gradient: g follows f slowly, so that old keys in the queue stay comparable.
-
-        Were q and k of an image normalised by the same batch's statistics, the network could
-        recognise the batch instead of the person: the queue comes from other batches, the positive
-        never does. So keys are grouped differently from queries [MoCo: "shuffling BN"]. Write the
-        n images row by row into a table with G columns, one per group of all processes: n / G
-        successive images are a group of queries, a column is a group of keys. Any two have about
-        one in G of their images in common (exactly, where G^2 divides n). Unlike MoCo's, the keys'
-        statistics include the originals.
-        """
-        names = ("second", "original") if self.weight_global else ("second",)
-        images = torch.stack([views[name] for name in names], dim=1)  # (B, 1 or 2, 3, H, W)
-        images = gathered(images)                 # (n, 1 or 2, 3, H, W), n = B x processes
-        order = torch.arange(len(images), device=images.device)                # (n,)
-        if self.shuffle:
-            order = order.unflatten(0, (-1, world_size() * self.groups)).T.flatten()
-        mine = images[part_of(order)]                             # (B, 1 or 2, 3, H, W)
-        keys = gathered(self.encode(self.momentum, "head", mine))              # (n, 1 or 2, d)
-        keys = keys[part_of(order.argsort())]     # the inverse permutation:     (B, 1 or 2, d)
-        return keys[:, 0], keys[:, 1] if self.weight_global else None
-
-    def encode_stripes(self, views: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """a and b, (B, M, d) each: all stripes of all images, in one forward of each encoder."""
-        # no shuffling: positive and negatives are of one image, their statistics tell nothing
-        return (self.encode(self.online, "stripe_head", views["stripes1"]),
-                self.encode(self.momentum, "stripe_head", views["stripes2"]))  # g takes no gradient
-
-    @torch.no_grad()
-    def enqueue(self, k: Tensor) -> None:
-        """New keys (n, d) replace the oldest in the queue, around its end if need be."""
-        K = len(self.queue)
-        k = k[-K:]
-        place = (self.oldest + torch.arange(len(k), device=k.device)) % K
-        self.queue[place] = k.to(self.queue.dtype)
-        self.oldest.copy_((self.oldest + len(k)) % K)
-
-    @torch.no_grad()
-    def diagnose(self, feature: Tensor, q: Tensor, k: Tensor) -> dict[str, Tensor]:
-        """accuracy: share of queries more similar to their key than to all of the queue.
-        feature_std, query_std: `spread` of the backbone's features and of q; one may collapse
-        without the other."""
-        best = (q @ self.queue.T).amax(1)                                          # (B,)
-        return {"accuracy": ((q * k).sum(1) > best).float().mean(),
-                "feature_std": spread(feature), "query_std": spread(q)}
-
-    def finish_gradients(self, epoch: int) -> Tensor:
-        """Nothing is clipped or frozen [LUP]; the norm of all gradients."""
-        return nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
-
-    @torch.no_grad()
-    def update_teacher(self, momentum: float, **_) -> None:
-        """Once per optimiser step: parameters of g, the momentum encoder (the "teacher" of
-        train.py's loop): g = m g + (1 - m) f; new keys enter the queue.
-
-        Not in forward: the losses still need the old queue for their gradients. Statistics of batch
-        norm are not copied: g has those of its own forwards.
-        """
-        for k in self.new_keys:
-            self.enqueue(k)
-        self.new_keys.clear()
-        ema(self.momentum, self.online, momentum)
-
-    def warning(self, values: dict[str, float]) -> str:
-        """What a line of the log warns of, if of anything: all images have the same feature, or the
-        same query."""
-        # at random weights above 0.3 on images of people; the limit is ours
-        spread_out = all(values[name] > 1e-2 for name in ("feature_std", "query_std"))
-        return "" if spread_out else "COLLAPSE?"
-
-    def backbone_for_export(self) -> ResNet:
-        """The online encoder's ResNet [LUP]. The running statistics of its batch norms are those of
-        whole images and stripes together; fine-tuning finds its own."""
-        return self.online["backbone"]
-
-
 def spread(x: Tensor) -> Tensor:
-    """sqrt(1 - |mean|^2) of the directions of x (n, D): 0 = all in one point; 1 = their mean is 0,
-    which even a few clusters can have."""
+    """Standard deviation of the unit vectors of x (n, D), sqrt(1 - |their mean|^2): 0 = all in one
+    point; 1 = their mean is 0, which even a few clusters can have."""
     return F.normalize(x.float(), dim=1).var(0, correction=0).sum().sqrt()
 
 
-def ema(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """Parameters of the teacher = m teacher + (1 - m) student, in one launch. (In both method
-    files, as each stands alone.)"""
-    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+# ---------------------------------------------------------------------------------------------
+# Batch norm in groups ("ghost" batch norm): query and key must not share their statistics
+# ---------------------------------------------------------------------------------------------
+
+
+class GroupedBatchNorm(nn.BatchNorm2d):
+    """Batch norm whose statistics, in training, are computed separately for each of `groups` equal
+    parts of the batch, as if each part were on a GPU of its own; (B, C, h, w) -> the same shape.
+    """
+
+    groups = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = super().forward
+        if self.groups == 1 or not self.training:
+            return norm(x)
+        parts = x.unflatten(0, (self.groups, -1))                            # (G, B/G, C, h, w)
+        if torch.compiler.is_compiling():
+            return one_norm_for_all_groups(self, parts)
+        return torch.cat([norm(part) for part in parts])                     # (B, C, h, w)
+
+
+def one_norm_for_all_groups(norm: GroupedBatchNorm, parts: Tensor) -> Tensor:
+    """Skip at first reading: the loop above in fewer operations, (G, B/G, C, h, w) -> (B, C, h, w).
+
+    In a compiled graph this formula takes a quarter of the launches, and keeps the memory format
+    that convolutions like; launched operation by operation, the loop is faster.
+    """
+    x = parts.to(norm.weight.dtype)                     # statistics are not computed in bfloat16
+    variance, mean = torch.var_mean(x, dim=(1, 3, 4), correction=0, keepdim=True)
+    scale = norm.weight[:, None, None] * (variance + norm.eps).rsqrt()       # (G, 1, C, 1, 1)
+    x = (x - mean) * scale + norm.bias[:, None, None]
+    n = parts[0, :, 0].numel()
+    variance = variance * n / (n - 1)                   # unbiased
+    for m, v in zip(mean.detach().flatten(1), variance.detach().flatten(1)):  # groups in turn
+        norm.running_mean.lerp_(m, norm.momentum)
+        norm.running_var.lerp_(v, norm.momentum)
+    norm.num_batches_tracked.add_(len(parts))
+    return x.to(parts.dtype).flatten(0, 1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -391,10 +402,12 @@ def ema(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
 
 
 def world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if dist.is_initialized():
+        return dist.get_world_size()
+    return 1
 
 
-def gathered(x: Tensor) -> Tensor:
+def all_gather(x: Tensor) -> Tensor:
     """Rows of all processes, (B, ...) -> (n, ...), in the order of processes; without gradient."""
     if world_size() == 1:
         return x
@@ -403,23 +416,16 @@ def gathered(x: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def part_of(x: Tensor) -> Tensor:
-    """This process's share of what all have: (n, ...) -> (B, ...)."""
-    return x if world_size() == 1 else x.chunk(world_size())[dist.get_rank()]
+def shard(x: Tensor) -> Tensor:
+    """The rows of this process: (n, ...) -> (B, ...)."""
+    if world_size() == 1:
+        return x
+    return x.chunk(world_size())[dist.get_rank()]
 
 
 # ---------------------------------------------------------------------------------------------
 # How it is trained
 # ---------------------------------------------------------------------------------------------
-
-
-def cosine(t: float, start: float, end: float) -> float:
-    """From start at t = 0 to end at t = 1 along half a cosine wave; constant outside.
-
-    >>> cosine(0, 1.0, 0.0), cosine(0.5, 1.0, 0.0), cosine(2, 1.0, 0.0)
-    (1.0, 0.5, 0.0)
-    """
-    return end + (start - end) * (1 + math.cos(math.pi * min(max(t, 0), 1))) / 2
 
 
 @dataclass(frozen=True)
@@ -451,63 +457,68 @@ class UPReIDRecipe:
 
     # small images and networks on a CPU; with 512 keys and four times this learning rate one seed
     # in three collapsed, all queries alike [ours]
-    LAPTOP: ClassVar = dict(size=(128, 64), epochs=16, batch=64, momentum=0.99, queue=128, groups=4)
+    LAPTOP: ClassVar = dict(size=(128, 64), epochs=16, batch=64, momentum=0.99, queue=128,
+                            groups=4)
     # thousands of images, one machine [ours]
     ONE_GPU: ClassVar = dict(batch=256, queue=4096)
 
     @classmethod
     def preset(cls, dataset: str, arch: str | None = None) -> "UPReIDRecipe":
         """The recipe for a dataset's name and a backbone; arch=None: the usual one."""
-        arch = arch or ("resnet_tiny" if dataset == "synthetic" else "resnet50")
-        small = dataset == "synthetic" or arch == "resnet_tiny"
-        values = cls.LAPTOP if small else {} if dataset == "luperson" else cls.ONE_GPU
+        if arch is None:
+            arch = "resnet_tiny" if dataset == "synthetic" else "resnet50"
+        values = cls.ONE_GPU
+        if dataset == "luperson":
+            values = {}
+        if dataset == "synthetic" or arch == "resnet_tiny":
+            values = cls.LAPTOP
         return cls(arch=arch, **values)
 
     def build(self, forwards: int = 1) -> UPReID:
-        """The objective with random weights. forwards: those that share the images of a step,
-        processes x passes. Raises ValueError for values that do not fit together."""
-        (H, W), M = self.size, self.stripes
-        if self.weight_local and (M < 1 or H % M):
-            raise ValueError(f"--size {H}x{W}: the height cannot be cut into --stripes {M}")
-        if self.weight_local and not 1 <= self.hardest < M:
-            raise ValueError(f"--hardest {self.hardest}: an image has {M - 1} other stripes")
+        """The objective with random weights. forwards: into how many the images of a step are cut,
+        processes x micro-batches. Raises ValueError for values that do not fit together."""
+        height, width = self.size
+        if self.weight_local and (self.stripes < 1 or height % self.stripes):
+            raise ValueError(f"--size {height}x{width}: the height cannot be cut into --stripes "
+                             f"{self.stripes}")
+        if self.weight_local and not 1 <= self.hardest < self.stripes:
+            raise ValueError(f"--hardest {self.hardest}: an image has {self.stripes - 1} other "
+                             f"stripes")
         if self.groups < 1 or self.groups % forwards:
             raise ValueError(f"--groups {self.groups} must be a multiple of {forwards}, "
-                             f"processes x --accum passes")
-        if world_size() == 1 and self.groups == forwards:  # a pass is one group
-            print(f"WARNING: with --groups {self.groups} in as many passes queries and keys share "
-                  f"batch statistics: the network may recognise the batch, not people")
+                             f"processes x --accum micro-batches")
+        if world_size() == 1 and self.groups == forwards:  # a micro-batch is one group
+            print(f"WARNING: with --groups {self.groups} in as many micro-batches queries and keys "
+                  f"share batch statistics: the network may recognise the batch, not people")
         if self.batch % self.groups or self.batch < 2 * self.groups:
             raise ValueError(f"--batch {self.batch} cannot be cut into --groups {self.groups} of "
                              f"at least 2 images")
         backbone = RESNETS[self.arch](self.last_stride)
-        return UPReID(backbone, self.dim, self.queue, self.temperature, self.temperature_global,
-                      self.temperature_local, self.weight_global, self.weight_local, self.hardest,
-                      self.groups // forwards)
+        return UPReID(backbone, self, self.groups // forwards)
 
-    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+    def optimizer(self, model: UPReID) -> torch.optim.Optimizer:
         """SGD with momentum, all parameters alike [LUP]."""
-        trained = [p for p in model.parameters() if p.requires_grad]
-        return torch.optim.SGD([{"params": trained, "decay": 1.0}], momentum=0.9, fused=True)
+        groups = [{"params": model.online.parameters(), "decay": 1.0}]
+        return torch.optim.SGD(groups, momentum=0.9, fused=True)
 
     def schedule(self, step: int, steps_per_epoch: int) -> tuple[dict, dict]:
-        """Of a 0-based step: what the optimiser takes, what the model takes."""
+        """Optimiser and model settings for step `step` (counted from 0)."""
         t = step // steps_per_epoch / self.epochs      # constant within an epoch, no warm-up [LUP]
-        return ({"lr": cosine(t, self.lr * self.batch / 256, 0.0),
-                 "weight_decay": self.weight_decay}, {"momentum": self.momentum})
+        lr = self.lr * self.batch / 256 * (1 + math.cos(math.pi * t)) / 2
+        return {"lr": lr, "weight_decay": self.weight_decay}, {"momentum": self.momentum}
 
     def draw(self, generator: torch.Generator) -> dict[str, Tensor]:
-        """Beside its views an image needs nothing drawn."""
+        """Nothing is sampled for an image beside its views."""
         return {}
 
 
-if __name__ == "__main__":  # the file alone, in any folder: sizes, and one step on noise
-    net, images = resnet_tiny(), torch.randn(2, 3, 128, 64)
-    print(f"resnet_tiny: {sum(p.numel() for p in net.parameters()):,} parameters, map "
-          f"{tuple(net.forward_features(images).shape)}, feature {tuple(net(images).shape)}")
-    model = UPReID(net, queue_size=256)
-    noise = {name: torch.randn(4, 3, 128, 64) for name in ("first", "second", "original")}
-    noise |= {name: torch.randn(4, 4, 3, 32, 64) for name in ("stripes1", "stripes2")}
+if __name__ == "__main__":  # the file alone, in any folder: one step on noise
+    noise = {}
+    for name in ("first", "second", "original"):
+        noise[name] = torch.randn(4, 3, 128, 64)
+    for name in ("stripes1", "stripes2"):
+        noise[name] = torch.randn(4, 4, 3, 32, 64)
+    model = UPReIDRecipe.preset("synthetic").build()
     losses = model(noise)
     losses["total"].backward()
-    print("one step on noise:", {k: round(v.item(), 3) for k, v in losses.items()}, model.reference)
+    print("one step on noise:", {k: round(v.item(), 3) for k, v in losses.items()})

@@ -1,24 +1,25 @@
-"""Speed on this machine, every comparison in one run: `make bench`, or `make bench FLAGS=--quick`.
+"""Right before fast: `make check-gpu`, then `make bench`.
 
-1. forward + backward of our networks beside torchvision's of the same size, taking turns, so that a
-   change of the machine's mood hits both; ratio = median of the paired times (below 1: ours is
-   faster)
-2. a step of PersonViT beside the plain formulation that the reference code has; of UP-ReID beside
-   MoCo v2's
-3. each training from files to weights, on a GPU eager, compiled, and compiled with CUDA graphs:
-   images per second of the data alone, of the computation alone, of both; where a step's time
-   goes; launches, memory, loss, and the arithmetic's own limit
-4. CMC, mAP and re-ranking at MSMT17's size, the first beside a dense textbook version
-5. LUPerson's size: 4.2 M paths listed, shuffled and read by 16 workers, and their memory
+check-gpu   one step of each training, small, from the same state and batch: views, losses,
+            gradients, weights after the step, features of evaluation, the next step from a
+            checkpoint; on the GPU in float32 and bfloat16, eager and compiled, beside the CPU in
+            float32
+bench       each training from files to weights, eager, compiled, and with CUDA graphs: images per
+            second of the whole, of the data alone, of the computation alone; the share of the
+            limit that the arithmetic sets; launches of a step; seconds until the first step;
+            memory. Then CMC, mAP and re-ranking at MSMT17's size; 4.2 million paths read
+
+Each row is printed when it is ready; --only NAME ... runs some of them.
 """
 
 import argparse
 import collections
 import contextlib
 import dataclasses
-import itertools
+import io
 import multiprocessing
 import os
+import random
 import re
 import sys
 import tempfile
@@ -30,14 +31,171 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.utils.flop_counter
-import torchvision
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from data import Images, MultiCrop, ShuffleSampler, command_line, from_step, load_dataset
-from evaluate import device_name, make_loader, rank_features
-from personvit import Attention, PersonViT, PersonViTRecipe, vit_small
-from upreid import UPReID, UPReIDRecipe, resnet50
+from data import FineTuneTransform, Images, MultiCrop, ShuffleSampler, from_step, load_dataset
+from data import make_loader, normalize
+from evaluate import rank_features
+from extra import runs
+from extra.files import command_line
+from extra.flags import device_name, usual_device
+from personvit import PersonViT
+from upreid import UPReID
+
+# name: training, networks on a CPU and on a GPU, what differs from their usual recipe
+TRAININGS = {"personvit": ("personvit", ("vit_mini", "vit_small"), {}),
+             "upreid": ("upreid", ("resnet_tiny", "resnet50"), {}),
+             "finetune-vit": ("", ("vit_mini", "vit_small"), {}),
+             "finetune-resnet": ("", ("resnet_tiny", "resnet50"), {}),
+             "personvit-8-crops": ("personvit", ("vit_mini", "vit_small"), {"local_crops": 8})}
+HOW = {"compiled": "inductor", "eager": "", "CUDA graphs": "inductor"}  # backends of torch.compile
+
+
+def recipe_of(name: str, dataset: str, on_gpu: bool, **more):
+    """(method or "", recipe) of one of TRAININGS."""
+    method, archs, change = TRAININGS[name]
+    kind = train.METHODS.get(method, train.Recipe)
+    recipe = kind.preset(dataset, archs[on_gpu])
+    return method, dataclasses.replace(recipe, **change, **more)
+
+
+# ---------------------------------------------------------------------------------------------
+# Is a GPU right?
+# ---------------------------------------------------------------------------------------------
+
+# Largest relative differences from float32 on a CPU, (ViT, ResNet) each. In float32: 2 to 30 times
+# what noise of 1e-5 on the pixels does on a CPU; batch norm magnifies it, and AdamW takes steps as
+# large for tiny gradients. In bfloat16: 2 to 4 times a CPU's own difference.
+LIMITS = {"float32": {"views": (2e-5, 2e-5), "losses": (1e-5, 1e-4), "gradients": (1e-3, 5e-2),
+                      "update": (5e-2, 0.2), "features": (1e-3, 1e-2), "next losses": (1e-3, 1e-2)},
+          "bfloat16": {"views": (2e-5, 2e-5), "losses": (1e-2, 1e-2), "gradients": (5e-2, 0.8),
+                       "features": (4e-2, 0.15), "next losses": (2e-2, 0.15)}}
+SMALL = {"size": (64, 32), "drop_path": 0.0}  # stochastic depth differs between kinds of devices
+
+
+class SmallStep:
+    """One training that takes single steps on a fixed batch of noise."""
+
+    def __init__(self, name: str, device: str, bf16: bool, backend: str):
+        size = {key: SMALL[key] for key in SMALL if not (name == "upreid" and key == "drop_path")}
+        self.method, self.recipe = recipe_of(name, "synthetic", False, **size)
+        if self.method:
+            self.recipe = dataclasses.replace(self.recipe, batch=16)
+        self.device, self.bf16 = torch.device(device), bf16
+        runtime = runs.Runtime(device, backend=backend)
+        if self.method:
+            self.objective = train.build_objective(self.recipe, runtime)
+            self.transform = train.views_of(self.method, self.recipe)
+            self.optimizer = self.recipe.optimizer(self.objective)
+        else:
+            with contextlib.redirect_stdout(io.StringIO()):  # a warning of random weights
+                model = train.build_model(self.recipe, 4, runtime, None)
+            self.objective = train.FineTuning(model, self.recipe).train()
+            mean, std = train.NORMS[self.recipe.norm]
+            self.transform = FineTuneTransform(self.recipe.size, mean, std, noise=False)
+            self.optimizer = train.make_optimizer(self.recipe, model)
+        self.make_views = runs.compiled(self.objective, self.transform, runtime)
+        self.batch = self.noise_batch()
+
+    def noise_batch(self) -> dict:
+        rng = random.Random(0)
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randint(256, (16, 3, *self.recipe.size), generator=generator)
+        params = torch.tensor([self.transform.draw(rng) for _ in range(16)])
+        batch = {"images": images.to(torch.uint8), "params": params, "pids": torch.arange(16) // 4}
+        if self.method == "personvit":
+            masks = [self.recipe.draw(generator)["masks"] for _ in range(16)]
+            batch["masks"] = torch.stack(masks, dim=1)
+        return batch
+
+    def step(self) -> dict[str, Tensor]:
+        """What is compared of a step; it is taken."""
+        images = self.batch["images"].to(self.device)
+        views = self.make_views(images, self.batch["params"].to(self.device))
+        inputs, settings = (views, self.batch["pids"].to(self.device)), {}
+        seen = [views]
+        if self.method:
+            seen = [view.flatten() for view in views.values()]
+            rates, settings = self.recipe.schedule(50, 100)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rates["lr"]
+            if "masks" in self.batch:
+                views["masks"] = self.batch["masks"]
+            inputs = (views,)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            losses = self.objective(*inputs, **settings)
+        losses["total"].backward()
+        trained = [p for p in self.objective.parameters() if p.grad is not None]
+        gradients, before = flat([p.grad for p in trained]), flat(trained)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.method:
+            self.objective.update_teacher(**settings)
+        kept = [name for name in ("cls", "patch", "instance", "global", "local", "id", "triplet")
+                if name in losses]
+        return {"views": flat(seen), "losses": flat([losses[name] for name in kept]),
+                "gradients": gradients, "update": flat(trained) - before,
+                "features": self.features(images)}
+
+    @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")
+    def features(self, images: Tensor) -> Tensor:
+        net = runs.networks(self.objective)[0].eval()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            found = net(normalize(images, self.transform.mean, self.transform.std))
+        net.train()
+        return flat([found])
+
+    def checkpoint(self) -> bytes:
+        content = io.BytesIO()
+        torch.save([self.objective.state_dict(), self.optimizer.state_dict()], content)
+        return content.getvalue()
+
+    def restore(self, content: bytes) -> None:
+        model, optimizer = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        self.objective.load_state_dict(model)
+        self.optimizer.load_state_dict(optimizer)
+
+
+def flat(tensors) -> Tensor:
+    """Many tensors as one vector of doubles on the CPU."""
+    return torch.cat([x.detach().double().flatten().cpu() for x in tensors])
+
+
+def check(name: str, device: str, compiles: bool) -> bool:
+    """One training on the device beside the CPU in float32: is all within its limit?"""
+    def say(how: str, what: str, got: Tensor, wanted: Tensor) -> bool:
+        limits = LIMITS[how.split()[0]]
+        if what not in limits:
+            return True
+        error = float((got - wanted).norm() / wanted.norm())
+        limit = limits[what]["vit" not in name]
+        good = error <= limit  # NaN is not
+        verdict = "" if good else "   WRONG"
+        print(f"  {name:16} {how:22} {what:12} {error:9.1e}   at most {limit:7.1e}{verdict}",
+              flush=True)
+        return good
+
+    reference = SmallStep(name, "cpu", False, "")
+    wanted, saved = reference.step(), reference.checkpoint()
+    following = reference.step()["losses"]
+    good = True
+    for precision in ("float32", "bfloat16"):
+        for backend in ("", "inductor")[:1 + compiles]:
+            how = f"{precision} {'compiled' if backend else 'eager'}"
+            other = SmallStep(name, device, precision == "bfloat16", backend)
+            found = other.step()
+            for what, value in found.items():
+                good &= say(how, what, value, wanted[what])
+            content = other.checkpoint()
+            other.restore(saved)  # the CPU's, gone on from here; and the other way round
+            good &= say(how, "next losses", other.step()["losses"], following)
+            reference.restore(content)
+            good &= say(f"{how}, then CPU", "next losses", reference.step()["losses"], following)
+    return good
+
 
 # ---------------------------------------------------------------------------------------------
 # Measuring
@@ -50,17 +208,6 @@ def seconds(function, device: str) -> float:
     if device != "cpu":
         torch.cuda.synchronize()
     return time.perf_counter() - start
-
-
-def paired(ours, theirs, repeats: int, device: str) -> tuple[float, float, float]:
-    """Median seconds of both and the median ratio of pairs, taking turns at going first."""
-    pairs = []
-    for i in range(repeats + 1):
-        order = (ours, theirs) if i % 2 else (theirs, ours)
-        took = {f: seconds(f, device) for f in order}
-        pairs.append((took[ours], took[theirs]))
-    pairs = np.array(pairs[1:])                   # (repeats, 2); the first one was for warming up
-    return *np.median(pairs, axis=0), np.median(pairs[:, 0] / pairs[:, 1])
 
 
 def in_new_process(function, *args):
@@ -79,149 +226,9 @@ def peak_rss() -> float:
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2 ** 10
 
 
-def half(device: str):
-    """The networks' precision in a training: bfloat16 on a GPU."""
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=device != "cpu")
-
-
-# ---------------------------------------------------------------------------------------------
-# Networks, and single steps of pre-training
-# ---------------------------------------------------------------------------------------------
-
-
-def networks(repeats: int, device: str) -> None:
-    """Ours beside torchvision's, whose ViT takes square images only; both get 121 patches."""
-    B = 64 if device != "cpu" else 8
-    their_vit = torchvision.models.VisionTransformer(176, 16, 12, 6, 384, 1536)
-    their_resnet = torchvision.models.resnet50(weights=None)
-    their_vit.heads = their_resnet.fc = torch.nn.Identity()
-    for name, ours, theirs, size in (
-            ("ResNet-50", resnet50(last_stride=2), their_resnet, (256, 128)),
-            ("ViT-S/16", vit_small((176, 176)), their_vit, (176, 176))):
-        x = torch.randn(B, 3, *size, device=device)
-        ours, theirs = ours.to(device).train(), theirs.to(device).train()
-
-        def step(net):
-            net.zero_grad(set_to_none=True)
-            with half(device):
-                out = net(x)
-            out.float().square().mean().backward()
-
-        a, b, ratio = paired(lambda: step(ours), lambda: step(theirs), repeats, device)
-        print(f"  {name} {size[0]}x{size[1]} forward + backward: ours {B / a:7.1f} img/s, "
-              f"torchvision {B / b:7.1f} img/s, time ratio {ratio:.3f}", flush=True)
-
-
-class PlainAttention(Attention):
-    """Attention that writes its (N, N) matrix, as timm had it."""
-
-    def forward(self, x):
-        B, N, D = x.shape
-        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
-        return self.proj((weights @ v).transpose(1, 2).reshape(B, N, D))
-
-
-class PlainPersonViT(PersonViT):
-    """The objective the reference's way: all tokens of all views through head and prototypes, and
-    loops over views."""
-
-    def forward(self, views, teacher_temp, **_):
-        masks = views["masks"].to(views["globals"].device)
-        with torch.no_grad():
-            t_cls, t_patch = self.scores(self.teacher, views["globals"])
-        s_cls, s_patch = self.scores(self.student, views["globals"], masks.flatten(0, 1),
-                                     self.mask_token)
-        s_cls = s_cls + self.scores(self.student, views["locals"])[0]
-        cls, patch, self.forwards = 0.0, 0.0, 1
-        G, V = len(t_cls), len(s_cls)
-        for i in range(G):
-            p_cls = ((t_cls[i] - self.center) / teacher_temp).softmax(-1)
-            p_patch = ((t_patch[i] - self.patch_center) / teacher_temp).softmax(-1)
-            hidden = masks[i].flatten(1).float()
-            ce = -(p_patch * (s_patch[i] / 0.1).log_softmax(-1)).sum(-1)
-            patch += ((ce * hidden).sum(1) / hidden.sum(1).clamp(min=1)).mean() / G
-            for j in set(range(V)) - {i}:
-                ce = -(p_cls * (s_cls[j] / 0.1).log_softmax(-1)).sum(-1)
-                cls += ce.mean() / (G * (V - 1))
-        return {"total": cls + patch}
-
-    def scores(self, net, views, *masks):
-        """Lists of (B, K) and (B, N, K), one per view."""
-        z = net["head"](net["backbone"].forward_features(views.flatten(0, 1), *masks))
-        cls, patch = net["head"].last_layer(z[:, 0]), net["head"].last_layer2(z[:, 1:])
-        return cls.split(views.shape[1]), patch.split(views.shape[1])
-
-
-def training_step(method: str, recipe, device: str, plain: bool = False):
-    """A step of `train.pretrain` on images of noise, from pixels to the teacher."""
-    torch.manual_seed(0)
-    model, make_views = recipe.build().to(device).train(), train.METHODS[method][1](recipe)
-    optimizer, generator = recipe.optimizer(model), torch.Generator().manual_seed(0)
-    if plain:
-        model.__class__ = PlainPersonViT
-        for block in (m for m in model.modules() if isinstance(m, Attention)):
-            block.__class__ = PlainAttention
-    for group in optimizer.param_groups:
-        group |= {"lr": 1e-5, "fused": not plain}
-    images = torch.randint(256, (recipe.batch, 3, *recipe.size), dtype=torch.uint8).to(device)
-    numbers = make_views.draw(torch.rand(recipe.batch, make_views.uniforms)).to(device)
-    others = [recipe.draw(generator) for _ in range(recipe.batch)]
-    others = {k: torch.stack([other[k] for other in others], dim=1) for k in others[0]}
-    _, now = recipe.schedule(0, 100)
-
-    def step():
-        views = make_views(images, numbers) | others
-        with half(device):
-            losses = model(views, **now)
-        losses["total"].backward()
-        model.finish_gradients(recipe.epochs)
-        optimizer.step()
-        optimizer.zero_grad()
-        model.update_teacher(**now)
-
-    return step
-
-
-def peak_memory(*args) -> float:
-    """MB that two of these steps need beyond the model and its batch."""
-    step, device = training_step(*args), args[2]
-    before = peak_rss() if device == "cpu" else torch.cuda.memory_allocated() / 2 ** 20
-    step(), step()
-    return (peak_rss() if device == "cpu" else torch.cuda.max_memory_allocated() / 2 ** 20) - before
-
-
-def personvit_step(repeats: int, device: str, quick: bool) -> None:
-    """Ours beside the plain formulation: the same losses, ViT-S, the paper's recipe."""
-    B = 4 if quick else 8 if device == "cpu" else 128
-    args = [("personvit", PersonViTRecipe(batch=B), device, plain) for plain in (False, True)]
-    ours, theirs = (training_step(*each) for each in args)
-    a, b, ratio = paired(ours, theirs, max(repeats // 3, 1), device)
-    mine, plain = (in_new_process(peak_memory, *each) for each in args)
-    print(f"  PersonViT step, ViT-S/16 256x128, 2 + 8 crops, batch {B}: ours {B / a:.2f} img/s, "
-          f"plain formulation {B / b:.2f} img/s, time ratio {ratio:.3f}; memory {mine:,.0f} MB, "
-          f"plain {plain:,.0f} MB, ratio {mine / plain:.3f}", flush=True)
-
-
-def upreid_step(repeats: int, device: str, quick: bool) -> None:
-    """UP-ReID beside MoCo v2, which is the same code with the instance contrast alone."""
-    B, groups = (4, 2) if quick else (8, 2) if device == "cpu" else (128, 4)
-    recipe = UPReIDRecipe(batch=B, groups=groups)
-    moco = dataclasses.replace(recipe, weight_global=0.0, weight_local=0.0)
-    a, b, ratio = paired(*(training_step("upreid", r, device) for r in (recipe, moco)), repeats,
-                         device)
-    print(f"  UP-ReID step, ResNet-50 256x128, batch {B}, queue 65,536: {B / a:.2f} img/s, MoCo v2 "
-          f"{B / b:.2f} img/s, time ratio {ratio:.3f}", flush=True)
-
-
 # ---------------------------------------------------------------------------------------------
 # Whole trainings
 # ---------------------------------------------------------------------------------------------
-
-TRAININGS = {"fine-tuning, ResNet": ("resnet_tiny", "resnet50"),  # networks on a CPU, on a GPU
-             "fine-tuning, ViT": ("vit_mini", "vit_small"), "personvit": ("vit_mini", "vit_small"),
-             "upreid": ("resnet_tiny", "resnet50")}
-HOW = ("eager", "compiled", "compiled, CUDA graphs")
 
 
 class Enough(Exception):
@@ -239,16 +246,23 @@ class Launches(TorchDispatchMode):
 
 
 class Stages:
-    """One training, stage after stage, each from one line of its log to the next: "warm" (compiling
-    too), "both" (from files to weights), "compute" (one batch again and again), "phases" (where the
-    time goes, the device being waited for after each), "launches"."""
+    """One training in stages, each from one line of its log to the next: "warm" (compiling too),
+    "both" (from files to weights), "compute" (one batch again and again), "phases" (seconds of each
+    part of a step, waiting for the device after each), "launches"."""
 
     names = ("warm", "both", "compute", "phases", "launches")
 
     def __init__(self, device: str):
-        self.device, self.lines, self.seconds, self.loader = device, {}, collections.Counter(), None
-        self.counter = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]
-                                              ) if device != "cpu" else Launches()
+        self.device = device
+        self.lines: dict[str, dict] = {}
+        self.seconds = collections.Counter()
+        self.loader = None
+        self.begin = time.perf_counter()
+        self.first_step = 0.0  # seconds until it was done
+        self.counter = Launches()
+        if device != "cpu":
+            kinds = [torch.profiler.ProfilerActivity.CUDA]
+            self.counter = torch.profiler.profile(activities=kinds)
 
     def stage(self) -> str:
         return self.names[len(self.lines)]
@@ -272,12 +286,16 @@ class Stages:
 
     def timed(self, phase: str, function):
         def wrapped(*args, **kwargs):
-            if self.stage() != "phases":
-                return function(*args, **kwargs)
-            out = []
-            self.seconds[phase] += seconds(lambda: out.append(function(*args, **kwargs)),
-                                           self.device)
-            return out[0]
+            if self.stage() == "phases":
+                out = []
+                took = seconds(lambda: out.append(function(*args, **kwargs)), self.device)
+                self.seconds[phase] += took
+                return out[0]
+            out = function(*args, **kwargs)
+            if phase == "optimiser" and not self.first_step:
+                seconds(lambda: None, self.device)  # the device has done it, too
+                self.first_step = time.perf_counter() - self.begin
+            return out
         return wrapped
 
     def per_step(self, stage: str, total: float) -> float:
@@ -285,70 +303,73 @@ class Stages:
         return total / (self.lines[stage]["step"] - before)
 
     def launches(self) -> float:
-        n = self.counter.count if self.device == "cpu" else sum(  # by the names of CUDA's functions
-            bool(re.match("_*cu(da)?(Graph)?(Launch|Mem(cpy|set))", event.name))
-            for event in self.counter.events())
-        return self.per_step("launches", n)
+        if self.device == "cpu":
+            return self.per_step("launches", self.counter.count)
+        # by the names of CUDA's functions
+        launch = re.compile("_*cu(da)?(Graph)?(Launch|Mem(cpy|set))")
+        events = [event for event in self.counter.events() if launch.match(event.name)]
+        return self.per_step("launches", len(events))
 
 
-def staged(name: str, recipe, dataset, device: str, steps: int, backend: str) -> Stages:
-    """A training of 5 times `steps` steps."""
-    stages, compiled = Stages(device), train.compiled
-    module = {"personvit": PersonViT, "upreid": UPReID}.get(name, train.FineTuning)
-    optimisers = [torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD]
-    places = [(train, "on_device", "copy"), (module, "forward", "forward"),
-              (torch.Tensor, "backward", "backward"), (module, "finish_gradients", "clipping"),
-              *((kind, "step", "optimiser") for kind in optimisers),
-              (module, "update_teacher", "teacher")]
+def staged(method: str, recipe, dataset, device: str, steps: int, backend: str) -> Stages:
+    """A training of 5 times `steps` steps; method: "" for fine-tuning."""
+    stages = Stages(device)
+    compiled = runs.compiled
+    module = {"personvit": PersonViT, "upreid": UPReID}.get(method, train.FineTuning)
+    places = [(module, "forward", "forward"), (torch.Tensor, "backward", "backward"),
+              (module, "clip_gradients", "clipping"), (module, "update_teacher", "teacher")]
+    for kind in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD):
+        places.append((kind, "step", "optimiser"))
     with contextlib.ExitStack() as stack:
         for owner, attribute, phase in places:
             if hasattr(owner, attribute):
-                stack.enter_context(mock.patch.object(owner, attribute, stages.timed(
-                    phase, getattr(owner, attribute))))
-        stack.enter_context(mock.patch.object(train, "compiled", lambda *args: stages.timed(
+                timed = stages.timed(phase, getattr(owner, attribute))
+                stack.enter_context(mock.patch.object(owner, attribute, timed))
+        stack.enter_context(mock.patch.object(runs, "compiled", lambda *args: stages.timed(
             "views", compiled(*args))))
         stack.enter_context(mock.patch.object(train, "make_loader", stages.batches))
-        run = train.Run(stack.enter_context(tempfile.TemporaryDirectory()), {})
+        run = runs.Run(stack.enter_context(tempfile.TemporaryDirectory()), {})
         run.log = stages.log
         stack.enter_context(contextlib.suppress(Enough))
-        machine = train.Machine(device, 8 if device != "cpu" else 1, save_every=10 ** 9,
-                                log_every=steps, backend=backend)
-        if name in train.METHODS:
-            train.pretrain(name, recipe, dataset, run, machine)
+        workers = 1 if device == "cpu" else min(runs.cores(), 16)
+        runtime = runs.Runtime(device, workers, save_every=10 ** 9, log_every=steps,
+                               backend=backend)
+        if method:
+            train.pretrain(method, recipe, dataset, run, runtime)
         else:
-            train.fine_tune(recipe, dataset, run, None, machine)
+            train.fine_tune(recipe, dataset, run, None, runtime)
     return stages
+
+
+COLUMNS = (f"  {'training':18}{'how':12}{'whole':>8}{'data':>9}{'compute':>9}{'of limit':>9}"
+           f"{'launches':>9}{'1st step':>9}{'MB':>8}{'loss':>9}   milliseconds of a step")
 
 
 def whole_loop(name: str, device: str, folder: str, steps: int, how: str) -> str:
     """One training from files to weights, in a process of its own: what limits it?"""
     multiprocessing.set_start_method("fork", force=True)  # of the workers, as in a training
     gpu = device != "cpu"  # recipes for one GPU, or for a laptop; images are the synthetic people's
-    kind = train.METHODS[name][0] if name in train.METHODS else train.Recipe
-    recipe = kind.preset("market1501" if gpu else "synthetic", TRAININGS[name][gpu])
-    recipe, dataset = dataclasses.replace(recipe, bf16=gpu), load_dataset("synthetic", folder)
+    method, recipe = recipe_of(name, "market1501" if gpu else "synthetic", gpu, bf16=gpu)
+    dataset = load_dataset("synthetic", folder)
     # a line of the log ends each stage, and one is written at the end of each epoch
     dataset = dataclasses.replace(dataset, train=dataset.train * (20 if gpu else 1))
-    done = staged(name, recipe, dataset, device, steps, "" if how == "eager" else "inductor")
+    done = staged(method, recipe, dataset, device, steps, HOW[how])
     memory = torch.cuda.max_memory_allocated() / 2 ** 20 if gpu else peak_rss()
     alone, n = iter(make_loader(*done.loader)), 4 * done.loader[-1]
-    B = [len(next(alone)[0]) for _ in range(n)][0]  # workers have started, and are not ahead
+    sizes = [len(next(alone)["images"]) for _ in range(n)]  # workers have started, not ahead
     took = seconds(lambda: [next(alone) for _ in range(n)], "cpu")
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
-        staged(name, recipe, dataset, device, 1, "")
-    work, rate = counter.get_total_flops() / B / len(Stages.names), matrix_rate(device)
+        staged(method, recipe, dataset, device, 1, "")
+    work = counter.get_total_flops() / sizes[0] / len(Stages.names)  # of an image
+    limit = matrix_rate(device) / work
     both, compute = done.lines["both"], done.lines["compute"]
-    phases = ", ".join(f"{name} {1e3 * done.per_step('phases', total):.1f}"
-                       for name, total in done.seconds.items())
-    return (f"  {name} ({recipe.arch} {recipe.size[0]}x{recipe.size[1]}, batch {B}, "
-            f"{how}), img/s: data alone {n * B / took:,.0f} "
-            f"({done.loader[-1]} workers), compute alone {compute['img_s']:,.0f}, both "
-            f"{both['img_s']:,.0f}, waiting {both['wait']:.1%}\n    ms of a step: {phases}; "
-            f"{done.launches():,.0f} launches; peak memory {memory:,.0f} MB; loss "
-            f"{both['total']:.4f}\n"
-            f"    {work / 1e9:.2f} GFLOP per image at {rate / 1e9:,.0f} GFLOP/s of a matrix "
-            f"product: at most {rate / work:,.0f} img/s, of which compute reaches "
-            f"{compute['img_s'] * work / rate:.0%}")
+    phases = ", ".join(f"{phase} {1e3 * done.per_step('phases', total):.1f}"
+                       for phase, total in done.seconds.items())
+    return (f"  {name:18}{how:12}{both['img_s']:8,.0f}{sum(sizes) / took:9,.0f}"
+            f"{compute['img_s']:9,.0f}{compute['img_s'] / limit:9.0%}{done.launches():9,.0f}"
+            f"{done.first_step:8.1f}s{memory:8,.0f}{both['total']:9.4f}   {phases}; "
+            f"{recipe.arch} {recipe.size[0]}x{recipe.size[1]}, batch {sizes[0]}, "
+            f"{done.loader[-1]} workers, {work / 1e9:.2f} GFLOP an image")
 
 
 def matrix_rate(device: str) -> float:
@@ -359,16 +380,22 @@ def matrix_rate(device: str) -> float:
     return 2 * n ** 3 / np.median([seconds(lambda: a @ a, device) for _ in range(9)])
 
 
-def loops(device: str, quick: bool) -> None:
+def loops(names: list[str], device: str, quick: bool) -> None:
+    """Images per second from files to weights, and what they are made of."""
+    hows = list(HOW) if device != "cpu" else ["eager"]
+    rows = [(name, how) for how in hows[:2] for name in names]
+    rows += [(name, how) for how in hows[2:] for name in names]
+    print(COLUMNS)
     with tempfile.TemporaryDirectory() as folder:
-        load_dataset("synthetic", folder)
-        for name, how in itertools.product(TRAININGS, HOW if device != "cpu" else HOW[:1]):
-            os.environ["TORCHINDUCTOR_CUDAGRAPHS"] = str(int(how == HOW[-1]))  # PyTorch reads it
+        with contextlib.redirect_stdout(io.StringIO()):
+            load_dataset("synthetic", folder)
+        for name, how in rows:
+            os.environ["TORCHINDUCTOR_CUDAGRAPHS"] = str(int(how == "CUDA graphs"))
             try:
-                print(in_new_process(whole_loop, name, device, folder, 2 if quick else 7, how),
-                      flush=True)
-            except RuntimeError if how == HOW[-1] else () as error:  # what graphs cannot hold
-                print(f"  {name} ({how}): {error}", flush=True)
+                steps = 2 if quick else 7
+                print(in_new_process(whole_loop, name, device, folder, steps, how), flush=True)
+            except RuntimeError as error:  # what a compiler or a graph cannot hold
+                print(f"  {name:18}{how:12} {str(error).strip().splitlines()[-1]}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -385,36 +412,23 @@ def clustered(Q: int, G: int, ids: int, D: int = 384):
     return feats[:Q], pids[:Q], cams[:Q], feats[Q:], pids[Q:], cams[Q:]
 
 
-def dense_rank(q, q_pids, q_cams, g, g_pids, g_cams) -> float:
-    """mAP with the whole matrix of distances, sorted, as textbooks have it."""
-    order = np.argsort((2 - 2 * q @ g.T).cpu().numpy(), axis=1)
-    APs = []
-    for i in range(len(q)):
-        same = g_pids[order[i]] == q_pids[i]
-        hits = same[~(same & (g_cams[order[i]] == q_cams[i]))].numpy()
-        if hits.any():
-            APs.append((np.cumsum(hits) / np.arange(1, len(hits) + 1))[hits].mean())
-    return float(np.mean(APs))
-
-
-def measured(kind: str, Q: int, G: int, ids: int, device: str) -> tuple[float, float, str]:
+def measured(rerank: bool, Q: int, G: int, ids: int, device: str) -> tuple[float, float, str]:
     """Seconds, MB above the features (of the CPU), and the result."""
     args = [x.to(device) if x.is_floating_point() else x for x in clustered(Q, G, ids)]
-    actions = {"rank": lambda: rank_features(*args), "dense rank": lambda: dense_rank(*args),
-               "rerank": lambda: rank_features(*args, rerank=True)}
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of making them (Linux)
     before, start = peak_rss(), time.perf_counter()
-    result = actions[kind]()
+    result = rank_features(*args, rerank=rerank)
     return time.perf_counter() - start, peak_rss() - before, str(result)
 
 
 def ranking(device: str, quick: bool) -> None:
-    """MSMT17's size; re-ranking and the dense textbook version have a quarter of the pairs."""
+    """MSMT17's size; re-ranking has a quarter of the pairs."""
     Q, G, ids = (1_000, 8_000, 300) if quick else (11_659, 82_161, 3_060)
-    for kind, part in (("rank", 1), ("dense rank", 2), ("rerank", 2)):
+    for rerank, part in ((False, 1), (True, 2)):
         size = Q // part, G // part, ids // part
-        took, memory, result = in_new_process(measured, kind, *size, device)
-        print(f"  {kind} of {size[0]:,} x {size[1]:,}, 384-d: {took:.1f} s, {memory:,.0f} MB above "
+        took, memory, result = in_new_process(measured, rerank, *size, device)
+        kind = "re-rank" if rerank else "rank"
+        print(f"  {kind} {size[0]:,} x {size[1]:,}, 384-d: {took:.1f} s, {memory:,.0f} MB above "
               f"the features; {result[:60]}", flush=True)
 
 
@@ -432,51 +446,71 @@ def memory_of_all() -> tuple[float, int]:
     return sum(pss) / 2 ** 10, sum(len(os.listdir(p / "fd")) for p in pids)
 
 
-def scale(folder: Path, quick: bool) -> None:
-    """LUPerson's number of paths: the synthetic people, seen through 3,850 links to their folder.
-    Linux only."""
-    links, steps = (40, 100) if quick else (3_850, 1_000)
-    people = [Path(record.path) for record in load_dataset("synthetic", folder).train]
-    (folder / "luperson").mkdir()
-    for i in range(links):
-        (folder / "luperson" / f"{i:05d}").symlink_to(people[0].parent)
-    lines = (f"{i:05d}/{path.name}\n" for i in range(links) for path in people)
-    (folder / "luperson.index.txt").write_text("".join(lines))
-    start, (before, _) = time.perf_counter(), memory_of_all()
-    dataset = load_dataset("luperson", folder)
-    listed = time.perf_counter() - start
-    sampler = ShuffleSampler(len(dataset.train), 32)
-    images = Images(dataset.train, MultiCrop((128, 64)))
-    loader = iter(make_loader(images, from_step(sampler, 0, len(sampler)), 16))
-    next(loader)
-    print(f"  {len(dataset.train):,} paths from the index in {listed:.1f} s, first batch of 16 "
-          f"workers after {time.perf_counter() - start:.1f} s", flush=True)
-    start = time.perf_counter()
-    for step in range(1, steps):
-        if step in (steps // 10, steps - 1):
-            memory, opened = memory_of_all()
-            rate = 32 * step / (time.perf_counter() - start)
-            print(f"    after {step:,} batches of 32: {memory:,.0f} MB in all ({before:,.0f} "
-                  f"before the set was opened), {opened} open files, {rate:,.0f} img/s", flush=True)
+def scale(quick: bool) -> None:
+    """LUPerson's number of paths: the synthetic people through 3,850 links to their folder. Linux
+    only."""
+    with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(sys.stderr):
+        folder = Path(name)
+        links, steps = (40, 100) if quick else (3_850, 1_000)
+        people = [Path(record.path) for record in load_dataset("synthetic", folder).train]
+        (folder / "luperson").mkdir()
+        with open(folder / "luperson.index.txt", "w") as index:
+            for i in range(links):
+                (folder / "luperson" / f"{i:05d}").symlink_to(people[0].parent)
+                index.writelines(f"{i:05d}/{path.name}\n" for path in people)
+        start, (before, _) = time.perf_counter(), memory_of_all()
+        dataset = load_dataset("luperson", folder)
+        listed = time.perf_counter() - start
+        sampler = ShuffleSampler(len(dataset.train), 32)
+        images = Images(dataset.train, MultiCrop((128, 64)))
+        loader = iter(make_loader(images, from_step(sampler, 0, len(sampler)), 16))
         next(loader)
+        first = time.perf_counter() - start
+        for _ in range(steps):
+            next(loader)
+        rate = 32 * steps / (time.perf_counter() - start - first)
+        memory, opened = memory_of_all()
+    print(f"  {len(dataset.train):,} paths from the index in {listed:.1f} s, first batch of 16 "
+          f"workers after {first:.1f} s; after {steps:,} batches of 32 {memory:,.0f} MB in all "
+          f"({before:,.0f} before the set was opened), {opened} open files, {rate:,.0f} img/s")
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------
+
+
+def check_all(names: list[str], device: str) -> None:
+    """Exit with status 1 where something is wrong."""
+    compiles = bool(runs.choose_backend(None, device))
+    print(f"largest relative differences from float32 on the CPU; torch {torch.__version__}")
+    if device == "cpu":
+        print("no GPU here: the CPU's own precisions alone")
+    wrong = [name for name in names if not check(name, device, compiles)]
+    sys.exit(f"WRONG: {', '.join(wrong)}" if wrong else print("right"))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m extra.bench",
-                                     description="Speed on this machine.")
+    parser = argparse.ArgumentParser(prog="python -m extra.bench", description="Right, and fast?")
     parser.add_argument("--device", type=device_name, help="cpu or cuda; default: what is here",
-                        default="cuda" if torch.cuda.is_available() else "cpu")
+                        default=usual_device())
+    parser.add_argument("--check", action="store_true", help="is the GPU right? no speeds")
+    parser.add_argument("--only", nargs="+", choices=[*TRAININGS, "rank", "lists"], metavar="NAME",
+                        help=f"some of: {' '.join(TRAININGS)} rank lists")
     parser.add_argument("--quick", action="store_true", help="few repeats: does it run at all?")
     args = parser.parse_args()
-    repeats = 3 if args.quick else 15
-    print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads")
-    networks(repeats, args.device)
-    personvit_step(repeats, args.device, args.quick)
-    upreid_step(repeats, args.device, args.quick)
-    loops(args.device, args.quick)
-    ranking(args.device, args.quick)
-    with tempfile.TemporaryDirectory() as folder:
-        scale(Path(folder), args.quick)
+    wanted = args.only or [*TRAININGS, "rank", "lists"]
+    names = [name for name in TRAININGS if name in wanted]
+    if args.check:
+        return check_all([name for name in names if not TRAININGS[name][2]], args.device)
+    print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads; images "
+          f"per second of the whole, of the data and of the computation alone")
+    if names:
+        loops(names, args.device, args.quick)
+    if "rank" in wanted:
+        ranking(args.device, args.quick)
+    if "lists" in wanted:
+        scale(args.quick)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ tensors. Nested dictionaries become one, of dotted names, and then each tensor i
                some by name): the file is refused for evaluation, and as a start of training taken
                with a line that says what is missing
 
-Nothing in a file is executed. Read `convert`, then `choose_prefix`, `sort_tensors`, `positions_of`.
+Nothing in a file is executed. Read `read_weights` and `fill`, which everything else serves; then
+`convert`, `choose_prefix`, `sort_tensors`, `positions_of`.
 """
 
 import argparse
@@ -28,9 +29,149 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from data import IMAGENET_MEAN, IMAGENET_STD, InputError, limit_of
+from data import IMAGENET_MEAN, IMAGENET_STD
+from extra.files import InputError, hint
+
+# ---------------------------------------------------------------------------------------------
+# A file is understood wholly or refused, and nothing in it is executed
+# ---------------------------------------------------------------------------------------------
+
+OWN = ("reid-model", "reid-backbone")  # what train.py writes
+
+
+def read_weights(path: str | Path) -> dict:
+    """A file of weights in any of the formats of docs/data-and-weights.md, as a dictionary:
+
+        base, neck   tensors of the backbone, under the names used here; of BNNeck and classifier,
+                     none if it is not fine-tuned
+        recipe       arch, size, mean, std, neck_feat, last_stride, stride
+        grid         rows and columns of patches that a ViT's positions belong to, else None
+        kind         what the file is
+        dropped      names of tensors that the feature does not need
+
+    Raises InputError, with the file's name, for one that is damaged or of no backbone known here.
+    """
+    content = read_checkpoint(path)
+    if not isinstance(content, dict) or content.get("format") not in OWN:
+        content = convert(str(path), content)
+    try:
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # PyTorch checks no sums
+            raise ValueError("a checksum does not match")
+        file = arrange(content)
+        bad = [name for name, tensor in {**file["base"], **file["neck"]}.items()
+               if not usable(name, tensor)]
+    except Exception as error:  # strange tensors make anything at all fail
+        raise InputError(f"{path}: damaged, its tensors or its recipe make no sense ({error}); "
+                         f"nothing was loaded") from None
+    if bad:
+        raise InputError(f"{path}: {len(bad)} weights are not finite floating-point numbers, first "
+                         f"{bad[0]}: the training diverged, or they were rounded to integers; "
+                         f"nothing was loaded")
+    return file
+
+
+def read_checkpoint(path: str | Path):
+    """What torch.save wrote. Only tensors and plain values are read: a pickle may ask for any
+    function to be called, and `weights_only` calls none. Raises InputError that says what the file
+    is, when it is not that."""
+    if Path(path).is_fifo() or Path(path).is_char_device():  # would be read for ever
+        raise InputError(f"{path}: is a pipe or a device; name a file of weights")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # hostile bytes make the reader raise anything at all
+        return read(path, error)
+
+
+def arrange(content: dict) -> dict:
+    """What `read_weights` returns, of a dictionary as train.py saves it."""
+    recipe = {"neck_feat": "none", "last_stride": 1, "stride": None} | content["recipe"]
+    recipe |= {key: content[key] for key in ("size", "mean", "std") if key in content}
+    base = {}
+    neck = {}
+    if content.get("model"):
+        for name, tensor in content["model"].items():
+            if name.startswith("base."):
+                base[name.removeprefix("base.")] = tensor
+            else:
+                neck[name] = tensor
+    else:
+        base = dict(content["backbone"])
+    check_recipe(recipe, bool(neck))
+    grid = None
+    if "pos_embed" in base:
+        grid = grid_of_positions(base, recipe)
+    return {"kind": f"{content['format'].removeprefix('reid-')} of this project", "dropped": [],
+            **content, "recipe": recipe, "base": base, "neck": neck, "grid": grid}
+
+
+def check_recipe(recipe: dict, fine_tuned: bool) -> None:
+    """Give size, mean and std their types. Raises ValueError for values that make no sense."""
+    size = np.array(recipe["size"], float)
+    mean = np.array(recipe["mean"], float)
+    std = np.array(recipe["std"], float)
+    possible = (8 <= size) & (size <= 4096) & (size % 1 == 0)
+    if size.shape != (2,) or not possible.all():
+        raise ValueError("its size")
+    if mean.shape != (3,) or std.shape != (3,):
+        raise ValueError("its mean or std")
+    possible = (1e-6 <= std) & (abs(mean) + std < 1e3)
+    if not possible.all():
+        raise ValueError("its mean or std")
+    if recipe["last_stride"] not in (1, 2) or not isinstance(recipe["arch"], str):
+        raise ValueError("its arch or last_stride")
+    known = ["none"]
+    if fine_tuned:
+        known = ["before", "after"]
+    if recipe["neck_feat"] not in known:
+        raise ValueError("its neck_feat")
+    recipe["size"] = tuple(map(int, size))
+    recipe["mean"] = mean.tolist()
+    recipe["std"] = std.tolist()
+
+
+def grid_of_positions(base: dict, recipe: dict) -> tuple[int, int]:
+    """Rows and columns of patches that position embeddings belong to."""
+    patch = base["patch_embed.proj.weight"].shape[-1]
+    shape = tuple(base["pos_embed"].shape)
+    stride = recipe["stride"] or patch
+    rows, columns = ((n - patch) // stride + 1 for n in recipe["size"])
+    if shape[:-1] != (1, 1 + rows * columns):
+        raise ValueError(f"pos_embed of shape {shape} is not of {rows} x {columns} patches")
+    return rows, columns
+
+
+def usable(name: str, tensor: Tensor) -> bool:
+    """Finite numbers, all of them stored? (An expanded tensor may claim terabytes.)"""
+    stored = tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
+    counts = name.endswith("num_batches_tracked")
+    return stored and (counts or tensor.is_floating_point() and bool(tensor.isfinite().all()))
+
+
+def fill(model: nn.Module, state: dict[str, Tensor], path: str | Path, file: dict) -> str:
+    """Load state and say so, or raise InputError that names what differs, and leave the model."""
+    here = shapes(model.state_dict())
+    there = shapes(state)
+    differ = [f"{name} is {there.get(name, 'absent')} there and {here.get(name, 'absent')} here"
+              for name in here | there if here.get(name) != there.get(name)]
+    if differ:
+        raise InputError(f"{path}: another --arch, {file['recipe']['arch']}; nothing was loaded: "
+                         f"{len(differ)} of {len(here)} tensors differ, first {differ[0]}")
+    model.load_state_dict({name: state[name] for name in here}, strict=False)
+    dropped = [name for name in file["neck"] if name not in state]
+    dropped += file["dropped"]
+    text = f"{path}: {file['kind']}; all {len(here)} weights loaded, dropped: {len(dropped)}"
+    if dropped:
+        text += f" ({', '.join(dropped[:3])})"
+    return text
+
+
+def shapes(state: dict[str, Tensor]) -> dict[str, tuple]:
+    """Old files lack the counter of batch norm, which only an average over all steps would read."""
+    return {name: tuple(tensor.shape) for name, tensor in state.items()
+            if "num_batches" not in name}
+
 
 # ---------------------------------------------------------------------------------------------
 # Reading what torch.load refuses
@@ -87,7 +228,7 @@ def limit_reached(path: str | Path, error: Exception) -> bool:
     """Is it the machine's fault? Not if a file ends too early, or claims more bytes than it has."""
     asked = re.search(r"allocate (\d+) bytes", str(error))
     damaged = isinstance(error, EOFError) or asked and int(asked[1]) > os.path.getsize(path)
-    return bool(limit_of(error)) and not damaged
+    return bool(hint(error)) and not damaged
 
 
 def recognise(path: str | Path, start: bytes) -> str | None:
@@ -120,14 +261,18 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     content = Path(path).read_bytes()
     try:
         begin = 8 + int.from_bytes(content[:8], "little")
-        header, tensors = json.loads(content[8:begin]), {}
+        header = json.loads(content[8:begin])
         header.pop("__metadata__", None)
+        tensors = {}
         for name, entry in header.items():
             first, last = entry["data_offsets"]
-            dtype, part = DTYPES[entry["dtype"]], bytearray(content[begin + first:begin + last])
+            dtype = DTYPES[entry["dtype"]]
+            part = bytearray(content[begin + first:begin + last])
             if len(part) != math.prod(entry["shape"]) * dtype.itemsize or first < 0:
                 raise ValueError(f"{name} ends too early")
-            values = torch.frombuffer(part, dtype=dtype) if part else torch.empty(0, dtype=dtype)
+            values = torch.empty(0, dtype=dtype)
+            if part:
+                values = torch.frombuffer(part, dtype=dtype)
             tensors[name] = values.view(entry["shape"])
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(f"{path}: damaged, as a .safetensors file ({type(error).__name__}: {error}"
@@ -225,38 +370,61 @@ def interpret(path: str, content: dict) -> dict:
         raise InputError(f"{path}: its blocks are of no ViT with a [CLS] token and of no ResNet "
                          f"that is known here (Swin and others have like names), first "
                          f"{', '.join([*tensors][:3])}; nothing was loaded")
-    arch, vit, size, stride = arch_of(base), "pos_embed" in base, (256, 128), None
+    arch = arch_of(base)
+    kind = kind_of(content, prefix, neck)
+    vit = "pos_embed" in base
+    size = (256, 128)
+    stride = None
     if vit:
         base["pos_embed"], size, stride = positions_of(path, base, unlike)
-    # 0.5 for TransReID's and PersonViT's ViTs, and for timm's (a flat file with a classifier;
-    # DeiT's files are nested [from memory]); ImageNet's for all others
-    half = vit and neck or not prefix and "head.weight" in tensors
-    mean, std = ([0.5] * 3, [0.5] * 3) if half else (list(IMAGENET_MEAN), list(IMAGENET_STD))
-    for name, tensor in tensors.items():  # fast-reid's say theirs, of pixels up to 255
-        if name.endswith("pixel_mean"):
-            mean, std = ((values.flatten() / 255).tolist()
-                         for values in (tensor, tensors[name.removesuffix("mean") + "std"]))
-    neck_feat = "none" if not neck else "before" if vit else "after"         # [PersonViT code; BoT]
-    kind = kind_of(content, prefix, neck)
+    mean, std = normalisation(tensors, bool(vit and neck), prefix)
+    neck_feat = "none"
+    if neck and vit:
+        neck_feat = "before"                                                 # [PersonViT code]
+    elif neck:
+        neck_feat = "after"                                                  # [BoT]
     if content.get("format") == "reid-checkpoint":
         arch += " in training (evaluate the model.pth or backbone.pth beside it)"
     if unlike:
-        parts = " and ".join(dict.fromkeys(name_part(k) or "parts unknown here" for k in unlike))
-        parts += f" ({', '.join([*unlike][:3])}{', ...' if len(unlike) > 3 else ''})"
+        parts = names_of_parts(unlike)
         arch += f" with {parts}"
         kind += f", WITHOUT {parts}, which change its feature and which the networks here lack"
-    state = {f"base.{k}": v for k, v in base.items()} | neck
+    state = {f"base.{name}": tensor for name, tensor in base.items()} | neck
     return {"format": "reid-model", "kind": kind, "model": state, "dropped": dropped,
             "recipe": {"arch": arch, "size": size, "stride": stride, "mean": mean, "std": std,
                        "neck_feat": neck_feat},
-            "foreign": True, "epoch": content.get("epoch"), "args": content.get("args")}
+            "third_party": True, "epoch": content.get("epoch"), "args": content.get("args")}
+
+
+def normalisation(tensors: dict, reid_vit: bool, prefix: str) -> tuple[list, list]:
+    """Mean and std of the images that a network takes: what the file says, else what is usual."""
+    for name, tensor in tensors.items():
+        if name.endswith("pixel_mean"):  # fast-reid's say theirs, of pixels up to 255
+            std = tensors[name.removesuffix("mean") + "std"]
+            return (tensor.flatten() / 255).tolist(), (std.flatten() / 255).tolist()
+    # 0.5 for TransReID's and PersonViT's ViTs, and for timm's (a flat file with a classifier;
+    # DeiT's files are nested [from memory]); ImageNet's for all others
+    if reid_vit or not prefix and "head.weight" in tensors:
+        return [0.5] * 3, [0.5] * 3
+    return list(IMAGENET_MEAN), list(IMAGENET_STD)
+
+
+def names_of_parts(unlike: dict) -> str:
+    """What the networks here lack, in words, with the first three names of tensors."""
+    kinds = [name_part(name) or "parts unknown here" for name in unlike]
+    names = [*unlike][:3]
+    if len(unlike) > 3:
+        names.append("...")
+    return f"{' and '.join(dict.fromkeys(kinds))} ({', '.join(names)})"
 
 
 def flatten(content: dict) -> dict[str, Tensor]:
     """All tensors of nested dictionaries under dotted names, without what DistributedDataParallel,
     torch.compile and the like put into them, in whatever order; one that holds itself is no trap.
     """
-    found, waiting, seen = {}, [("", content)], set()
+    found = {}
+    waiting = [("", content)]
+    seen = set()
     for prefix, part in waiting:  # grows while it is gone through
         if id(part) in seen:
             continue
@@ -280,8 +448,9 @@ def choose_prefix(path: str, content: dict, tensors: dict) -> tuple[str, list[st
     found = list(dict.fromkeys(match[1] for match in begins if match))
     if not found:
         names = [str(name) for name in tensors or content]
-        hint = next((hint for part, hint in OTHERS.items() if any(part in k for k in names)), "")
-        raise InputError(f"{path}: holds no weights of a backbone under a name known here{hint}, "
+        text = "\n".join(names)
+        whose = next((words for part, words in OTHERS.items() if part in text), "")
+        raise InputError(f"{path}: holds no weights of a backbone under a name known here{whose}, "
                          f"first {', '.join(names[:3]) or 'nothing'}; nothing was loaded")
     meant = [prefix for prefix in found if MEANT.search(prefix)] or found
     meant = [prefix for prefix in meant if not TWIN.search(prefix)] or meant
@@ -296,7 +465,10 @@ def sort_tensors(tensors: dict, prefix: str, twins: list[str]):
     steps = prefix.split(".")
     beside = ".".join(steps[:-2] + [""])        # where TransReID's neck stands: "base." -> ""
     roots = tuple(root_of(twin.split("."), steps) for twin in twins)
-    base, neck, dropped, unlike = {}, {}, [], {}
+    base = {}
+    neck = {}
+    dropped = []
+    unlike = {}
     for name, tensor in tensors.items():
         short = name.removeprefix(prefix if name.startswith(prefix) else beside)
         if name.startswith(prefix) and BACKBONE.fullmatch(short):
@@ -341,25 +513,28 @@ def kind_of(content: dict, prefix: str, neck: dict) -> str:
         return "MoCo's or LUPerson's training state: the query encoder counts"
     if neck:
         return "fine-tuned model of TransReID or PersonViT"
-    return f"backbone under {prefix}" if prefix else "bare backbone"
+    if prefix:
+        return f"backbone under {prefix}"
+    return "bare backbone"
 
 
 def arch_of(base: dict[str, Tensor]) -> str:
     """The name in evaluate.ARCHS of the network these tensors are of, by their shapes; else its
     kind."""
-    def count(pattern: str) -> int:
-        return len({m[1] for k in base if (m := re.match(pattern, k))})
+    def count(start: str) -> int:
+        return len({name.split(".")[1] for name in base if name.startswith(start)})
 
     if "cls_token" in base and "blocks.0.mlp.fc1.weight" in base:
-        D, depth = base["cls_token"].shape[-1], count(r"blocks\.(\d+)\.")
-        if base["blocks.0.mlp.fc1.weight"].shape[0] == 4 * D:
-            names = {(128, 6): "vit_mini", (192, 12): "vit_tiny", (384, 12): "vit_small",
-                     (768, 12): "vit_base"}
-            return names.get((D, depth), f"a ViT of {depth} blocks, {D} wide")
-        return "a ViT of another MLP"
+        D = base["cls_token"].shape[-1]
+        depth = count("blocks.")
+        if base["blocks.0.mlp.fc1.weight"].shape[0] != 4 * D:
+            return "a ViT of another MLP"
+        names = {(128, 6): "vit_mini", (192, 12): "vit_tiny", (384, 12): "vit_small",
+                 (768, 12): "vit_base"}
+        return names.get((D, depth), f"a ViT of {depth} blocks, {D} wide")
     if "layer1.0.conv3.weight" in base and "conv1.weight" in base:
-        width, depths = len(base["conv1.weight"]), tuple(count(rf"layer{i}\.(\d+)\.")
-                                                         for i in (1, 2, 3, 4))
+        width = len(base["conv1.weight"])
+        depths = tuple(count(f"layer{i}.") for i in (1, 2, 3, 4))
         names = {(64, (3, 4, 6, 3)): "resnet50", (32, (1, 1, 1, 1)): "resnet_tiny"}
         return names.get((width, depths), f"a ResNet of {depths} blocks, {width} wide")
     return "an unknown network"
@@ -376,29 +551,38 @@ def positions_of(path: str, base: dict, unlike: dict) -> tuple[Tensor, tuple[int
     16), else of a square grid, or one twice as tall as wide [ours]. Other tokens may stand between
     [CLS] and the patches (DeiT, timm), or [CLS] may have no position (timm), or its own (PASS).
     """
-    pos, p = base["pos_embed"], base["patch_embed.proj.weight"].shape[-1]
+    pos = base["pos_embed"]
+    p = base["patch_embed.proj.weight"].shape[-1]
     if pos.ndim != 3 or len(pos) != 1:
         raise InputError(f"{path}: pos_embed of shape {tuple(pos.shape)} is not (1, positions, "
                          f"width); nothing was loaded")
     more = sum(unlike[k].shape[1] for k in ("dist_token", "reg_token") if k in unlike)
-    count, zero = pos.shape[1], torch.zeros_like(pos[:, :1])
-    for n in (count - 1 - more, count - 1, count):
+    count = pos.shape[1]
+    first = pos[:, :1]
+    for n in (count - 1 - more, count - 1):
         found = grid_of(n, p)
-        if found and n == count - 1:
+        if found and n < count - 1:
+            pos = torch.cat([first, pos[:, count - n:]], dim=1)
+        if found:
             return pos, *found
-        if found and (n < count or found[0] in SIZES):
-            first = unlike.get("cls_pos", zero) if n == count else pos[:, :1]
-            return torch.cat([first, pos[:, count - n:]], dim=1), *found
+    found = grid_of(count, p)
+    if found and found[0] in SIZES:
+        first = unlike.get("cls_pos", torch.zeros_like(first))
+        return torch.cat([first, pos], dim=1), *found
     raise InputError(f"{path}: pos_embed of shape {tuple(pos.shape)} fits no grid of patches after "
                      f"one [CLS] token; nothing was loaded")
 
 
 def grid_of(n: int, p: int) -> tuple[tuple[int, int], int] | None:
     """Image size and stride by which there are n patches of p pixels."""
-    side, half = math.isqrt(max(n, 0)), math.isqrt(max(n, 0) // 2)
-    guesses = [(size, stride) for stride in (p, max(3 * p // 4, 1)) for size in SIZES]
-    for (H, W), stride in guesses + [((side * p, side * p), p), ((2 * half * p, half * p), p)]:
-        rows, columns = (H - p) // stride + 1, (W - p) // stride + 1
+    side = math.isqrt(max(n, 0)) * p
+    half = math.isqrt(max(n, 0) // 2) * p
+    guesses = [(size, p) for size in SIZES]
+    guesses += [(size, max(3 * p // 4, 1)) for size in SIZES]
+    guesses += [((side, side), p), ((2 * half, half), p)]
+    for (H, W), stride in guesses:
+        rows = (H - p) // stride + 1
+        columns = (W - p) // stride + 1
         if min(rows, columns) > 0 and rows * columns == n:
             return (H, W), stride
     return None
@@ -410,27 +594,46 @@ def grid_of(n: int, p: int) -> tuple[tuple[int, int], int] | None:
 
 
 def describe(path: str | Path, file: dict) -> str:
-    """What a weights file is, in lines of text, of what `evaluate.read_weights` returned; for files
+    """What a weights file is, in lines of text, of what `read_weights` returned; for files
     like DINO's the arguments it carries."""
-    base, recipe, foreign = file["base"], file["recipe"], "foreign" in file
+    base = file["base"]
+    recipe = file["recipe"]
+    numbers = sum(tensor.numel() for tensor in base.values())
     lines = [f"{path}: {file['kind']}",
-             f"  backbone  {recipe['arch']}, {len(base)} tensors, "
-             f"{sum(v.numel() for v in base.values()):,} numbers"]
+             f"  backbone  {recipe['arch']}, {len(base)} tensors, {numbers:,} numbers"]
     if file["grid"]:
-        sure = "inferred from their number" if foreign else "as the file says"
+        stride = recipe["stride"] or base["patch_embed.proj.weight"].shape[-1]
+        sure = "as the file says"
+        if "third_party" in file:
+            sure = "inferred from their number"
         lines.append("  positions {}x{} patches at stride {}, image {}x{} ({})".format(
-            *file["grid"], recipe["stride"] or base["patch_embed.proj.weight"].shape[-1],
-            *recipe["size"], sure))
+            *file["grid"], stride, *recipe["size"], sure))
     if file["neck"]:
-        shapes = ", ".join(f"{k} {tuple(v.shape)}" for k, v in file["neck"].items())
-        lines.append(f"  head      {shapes}")
+        shown = [f"{name} {tuple(tensor.shape)}" for name, tensor in file["neck"].items()]
+        lines.append(f"  head      {', '.join(shown)}")
     lines.append(f"  normalise mean {tuple(recipe['mean'])}, std {tuple(recipe['std'])}")
     if isinstance(file.get("epoch"), int):
         lines.append(f"  epoch     {file['epoch']}")
-    lines.append(f"  not used  {len(file['dropped'])} tensors"
-                 f"{': ' + ', '.join(file['dropped'][:6]) if file['dropped'] else ''}")
-    args = vars(file["args"]) if isinstance(file.get("args"), argparse.Namespace) else {}
-    for title, values in (("recipe", {} if foreign else recipe), ("args", args)):
-        lines += [f"  {title}.{key} = {value!r:.200}"
-                  for key, value in sorted(values.items(), key=str)]
+    dropped = file["dropped"]
+    lines.append(f"  not used  {len(dropped)} tensors")
+    if dropped:
+        lines[-1] += f": {', '.join(dropped[:6])}"
+    if "third_party" not in file:
+        lines += values_of("recipe", recipe)
+    if isinstance(file.get("args"), argparse.Namespace):
+        lines += values_of("args", vars(file["args"]))
     return "\n".join(lines)
+
+
+def values_of(title: str, values: dict) -> list[str]:
+    """A line for each value of a dictionary."""
+    return [f"  {title}.{key} = {value!r:.200}" for key, value in sorted(values.items(), key=str)]
+
+
+def usage(recipe: dict) -> str:
+    """How `load_model` uses a file, in a line."""
+    feature = f"{recipe['neck_feat']} the neck, L2-normalised"
+    if recipe["neck_feat"] == "none":
+        feature = "of the backbone, L2-normalised (WARNING: not fine-tuned for ReID)"
+    return (f"{recipe['arch']} at {recipe['size'][0]}x{recipe['size'][1]}, feature {feature}, mean "
+            f"{tuple(recipe['mean'])}, std {tuple(recipe['std'])}")

@@ -1,10 +1,10 @@
 """Pictures (PNG, by Pillow alone): rank lists; attention, clusters and correspondence of patches;
 curves, studies.
 
-Of each kind two functions: `draw_...` computes what is to be seen of a dataset and a model, or of
-run folders; `..._page` lays plain values out and decides nothing. What ranks where is read from the
-evaluator's own features (`evaluate.Features`), so that no picture shows what was not measured. Read
-`filtered_ranking`, `draw_ranks`, `cls_attention`.
+There are two functions for each kind: `draw_...` computes what a picture shows of a dataset and a
+model, or of run folders; `..._page` lays out plain values and decides nothing. Rankings are made of
+the evaluator's own features (`evaluate.Features`), so that no picture shows what was not measured.
+Read `filtered_ranking`, `draw_ranks`, `cls_attention`.
 """
 
 import json
@@ -19,7 +19,9 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
 
-from data import InputError, Record, normalize, read_image, write_atomic
+from data import Record, normalize
+from extra.files import InputError, read_image, write_atomic
+from extra.flags import PATCHES
 from personvit import VisionTransformer
 
 # Okabe and Ito's green and vermilion, which the colour-blind can tell apart
@@ -31,7 +33,7 @@ W, H, GAP, LABEL, HEAD = 64, 128, 14, 16, 44  # pixels of a person, between peop
 
 
 class Sheet:
-    """A white page, as wide as its title needs, on which people stand in rows and columns, with a
+    """A white page, as wide as its title needs, with images of people in rows and columns and a
     text beneath each."""
 
     def __init__(self, columns: int, rows: int, title: str):
@@ -81,7 +83,7 @@ def filtered_ranking(q, g, i: int, tie: float = 1e-6) -> tuple[Tensor, Tensor]:
     own = g.pids == q.pids[i]
     junk = own & ((g.camids == q.camids[i]) | (g.images == q.images[i]))
     distance = torch.where(own, -similarity + tie, -similarity)
-    order = torch.argsort(own.int(), stable=True)                            # wrong ones first ...
+    order = torch.argsort(own.int(), stable=True)                            # others first ...
     order = order[torch.argsort(distance[order], stable=True)]               # ... among equals
     order = order[~junk[order]]
     return order, similarity[order]
@@ -96,7 +98,8 @@ def draw_ranks(file: str | Path, dataset, result, q, g, rows: int = 8, columns: 
     def text(record: Record, distance: str = "") -> str:
         return f"c{record.camid + 1} {distance}" if dataset.has_cameras else distance
 
-    table, valid = [], np.flatnonzero(~np.isnan(result.AP))
+    table = []
+    valid = np.flatnonzero(~np.isnan(result.AP))
     for i in valid[evenly(len(valid), rows)]:
         order, similarity = filtered_ranking(q, g, i)
         query, nearest = dataset.query[i], []
@@ -107,11 +110,11 @@ def draw_ranks(file: str | Path, dataset, result, q, g, rows: int = 8, columns: 
         table.append(((thumbnail(query.path), text(query)), nearest))
     # `evaluate` gives an image number for a camera where cameras do not count
     cameras = dataset.has_cameras and g.camids.tolist() == [r.camid for r in dataset.gallery]
-    left_out = "same person by same camera" if cameras else "the query image itself"
+    left_out = "same person from same camera" if cameras else "the query image itself"
     legend = "c3 0.123 = camera 3, cosine distance " if dataset.has_cameras else "cosine distance "
-    shown, G = min(columns, len(g.pids)), len(g.pids)
-    rank_page(file, f"{dataset.name}: nearest {shown} of {G:,} gallery images; {left_out} left out",
-              f"{legend}0.123", table)
+    G = len(g.pids)
+    rank_page(file, f"{dataset.name}: nearest {min(columns, G)} of {G:,} gallery images; "
+                    f"{left_out} left out", f"{legend}0.123", table)
 
 
 def draw_search(file: str | Path, title: str, query: str, best: list[tuple[str, float]]) -> None:
@@ -126,30 +129,45 @@ def thumbnail(path: str) -> Tensor:
 
 
 def rank_page(file: str | Path, title: str, legend: str, rows: list) -> None:
-    """A row per query: the query, then its nearest gallery images, framed green if right, red if
-    wrong, grey if unknown. rows: [(pixels, text), [(pixels, text, right or None), ...]] of each;
-    legend explains the texts."""
-    columns, left = 1 + max(len(answers) for _, answers in rows), 3 * GAP + W
+    """A row per query: the query, then its nearest gallery images, framed green if the person is
+    the same, red if not, grey if unknown. rows: [(pixels, text), [(pixels, text, same or None),
+    ...]] of each; legend explains the texts."""
+    columns = 1 + max(len(found) for _, found in rows)
+    left = 3 * GAP + W
     sheet = Sheet(columns, len(rows), max(title, legend + 36 * "x", key=len))
     sheet.text(GAP, 6, "query")
     sheet.text(left, 6, title)
-    known = any(right is not None for _, answers in rows for _, _, right in answers)
+    known = any(same is not None for _, found in rows for _, _, same in found)
     for color, name, x in ((GREEN, "same person", left), (RED, "another person", left + 110)):
         if known:
             sheet.draw.rectangle((x, 27, x + 10, 37), outline=color, width=3)
             sheet.text(x + 16, 24, name)
     sheet.text(left + 240 if known else left, 24, legend)
-    for row, ((pixels, text), answers) in enumerate(rows):
+    for row, ((pixels, text), found) in enumerate(rows):
         sheet.paste(pixels, 0, row, text, GREY)
-        for column, (pixels, text, right) in enumerate(answers):
-            color = GREY if right is None else GREEN if right else RED
-            sheet.paste(pixels, column + 1, row, text, color)
+        for column, (pixels, text, same) in enumerate(found, 1):
+            color = {None: GREY, True: GREEN, False: RED}[same]
+            sheet.paste(pixels, column, row, text, color)
     save(sheet.image, file)
 
 
 # ---------------------------------------------------------------------------------------------
-# Attention and clusters: what a ViT's patches are to it
+# Attention, clusters and correspondence of a ViT's patches
 # ---------------------------------------------------------------------------------------------
+
+
+def check(args, model: nn.Module) -> None:
+    """Raise InputError if a picture of patches is asked for and the model has none."""
+    if any(getattr(args, kind) for kind in PATCHES):
+        vit_of(model)
+
+
+def draw_patches(args, dataset, model: nn.Module, recipe: dict) -> None:
+    """The pictures of a ViT's patches that the command line asks for."""
+    for kind, draw in zip(PATCHES, (draw_attention, draw_clusters, draw_correspondence)):
+        file = getattr(args, kind)
+        if file:
+            draw(file, dataset, model, recipe)
 
 
 def vit_of(model: nn.Module) -> VisionTransformer:
@@ -177,7 +195,8 @@ def cls_attention(vit: VisionTransformer, x: Tensor) -> Tensor:
 
     (B, 3, H, W) -> (B, heads, rows, columns); what is missing to a sum of 1 goes to [CLS] itself.
     """
-    last, seen = vit.blocks[-1].attn, []
+    last = vit.blocks[-1].attn
+    seen = []
     handle = last.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     vit.forward_features(x)
     handle.remove()
@@ -205,7 +224,7 @@ def patch_clusters(vit: VisionTransformer, x: Tensor, count: int = 8,
 
 
 def draw_attention(file: str | Path, dataset, model: nn.Module, recipe: dict, n: int = 6) -> None:
-    """Where each head of the last block looks, for n people of a dataset."""
+    """The attention of each head of the last block, for n people of a dataset."""
     images, x = read_people(dataset, n, recipe)
     attention_page(file, f"{dataset.name}: attention of [CLS] to the patches, last block", images,
                    cls_attention(vit_of(model), x))
@@ -213,7 +232,8 @@ def draw_attention(file: str | Path, dataset, model: nn.Module, recipe: dict, n:
 
 def draw_clusters(file: str | Path, dataset, model: nn.Module, recipe: dict, n: int = 20) -> None:
     """Which patches of n people are alike to the network."""
-    (images, x), vit = read_people(dataset, n, recipe), vit_of(model)
+    vit = vit_of(model)
+    images, x = read_people(dataset, n, recipe)
     clusters, typical = patch_clusters(vit, x)
     examples, shares = [], []
     for c in range(int(clusters.max()) + 1):
@@ -242,7 +262,7 @@ def mutual_nearest(vit: VisionTransformer, x: Tensor, y: Tensor) -> Tensor:
 
 def draw_correspondence(file: str | Path, dataset, model: nn.Module, recipe: dict,
                         n: int = 12) -> None:
-    """Pairs of images of one person, the second by another camera where there is one, with lines
+    """Pairs of images of one person, the second from another camera where there is one, with lines
     between patches that are each other's nearest. Pairs are spread evenly over all people."""
     vit, size, pairs, gallery = vit_of(model), tuple(recipe["size"]), {}, {}
     for record in dataset.gallery:
@@ -289,10 +309,10 @@ def correspondence_page(file: str | Path, title: str, pairs: list[tuple[Tensor, 
 
 
 def attention_page(file: str | Path, title: str, images: Tensor, attention: Tensor) -> None:
-    """People in rows: the image, then where each head looks, bright = much. images uint8
+    """A row per person: the image, then each head's attention, bright = much. images uint8
     (n, 3, h, w), attention (n, heads, rows, columns), each map scaled by its own largest value."""
     n, heads = attention.shape[:2]
-    title += "; yellow: the head's most, dark: none"
+    title += "; yellow: the head's largest weight, dark: none"
     sheet = Sheet(1 + heads, n, title)
     sheet.text(GAP, 6, title)
     sheet.text(GAP, 24, "image")
@@ -364,8 +384,9 @@ def draw_curves(file: str | Path, folders: list[str]) -> None:
     for folder in folders:
         try:
             text = Path(folder, "log.jsonl").read_text()
+            # a person may have written a line, a power cut may have left half of one
             lines = [json.loads(line) for line in text.splitlines(True)
-                     if line.endswith("\n")]  # a power cut may have left half a line
+                     if line.startswith("{") and line.endswith("\n")]
             points = [(float(x["step"]), float(x["total"])) for x in lines if "total" in x]
             results = Path(folder, "results.json")
             hits = json.loads(results.read_text()).get("cmc", []) if results.exists() else []
@@ -379,7 +400,7 @@ def draw_curves(file: str | Path, folders: list[str]) -> None:
         if hits:
             cmc[folder] = (range(1, len(hits) + 1), hits)
     panels = [("means between log lines", "step", "loss", losses),
-              ("share of queries with a hit so far", "rank", "CMC", cmc)]
+              ("share of queries with a correct match so far", "rank", "CMC", cmc)]
     panels = [panel for panel in panels if panel[-1]]
     if not panels:
         raise InputError(f"{', '.join(folders)}: nothing logged yet, nothing to draw")

@@ -34,16 +34,17 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from data import (NAMES, InputError, PKSampler, Record, ShuffleSampler, command_line, cores,
-                  load_dataset, read_image, some_identities)
-from evaluate import (build_backbone, device_name, evaluate, load_model, load_weights,
-                      rank_features)
+from data import NAMES, PKSampler, Record, ShuffleSampler, load_dataset, some_identities
+from evaluate import build_backbone, evaluate, load_model, load_weights, rank_features
 from extra.bench import staged
+from extra.files import InputError, command_line, read_image
+from extra.flags import check_values, device_name, has_bfloat16, two_numbers, usual_device
 from extra.pictures import draw_dots, draw_ranks
-from train import (METHODS, Machine, Recipe, can_compile, check_values, fine_tune_and_evaluate,
-                   open_run, pretrain, stored, two_numbers)
+from extra.runs import Runtime, choose_backend, cores, open_run
+from train import METHODS, Recipe, build_objective, fine_tune_and_evaluate, pretrain, stored
 
-RANDOM, TITLES = "random weights", {"upreid": "UP-ReID", "personvit": "PersonViT"}
+RANDOM = "random weights"
+TITLES = {"upreid": "UP-ReID", "personvit": "PersonViT"}
 
 
 @dataclass
@@ -75,7 +76,7 @@ def recipes(method: str, dataset, seed: int, given: dict):
     given: bf16, and arch (networks, one of them the method's), size, epochs, pretrain_epochs where
     they differ from the usual ones. Fine-tuned as a laptop's are, from random weights with AdamW,
     where the published recipes assume pre-trained ones; the wide ViTs at a lower rate."""
-    kind = METHODS[method][0]
+    kind = METHODS[method]
     own = [a for a in given.get("arch", ()) if a in get_args(get_type_hints(kind)["arch"])]
     before = kind.preset(dataset.name, own[0]) if own else kind.preset("synthetic")
     recipe = Recipe.preset("synthetic", before.arch)
@@ -90,7 +91,8 @@ def pairs(method: str, dataset, seed: int, given: dict, shares=(1.0,)) -> list[R
     """Random weights and the method's pre-training, fine-tuned on shares of the identities, or on
     the given one. Without labels all training images are seen in every row."""
     before, recipe = recipes(method, dataset, seed, given)
-    rows, people = [], len({r.pid for r in dataset.train})
+    rows = []
+    people = len({record.pid for record in dataset.train})
     for share in given.get("labelled", shares):
         few = round(share * people)
         if few < 2:
@@ -106,8 +108,8 @@ def few_shot(dataset, seed: int, given: dict) -> list[Row]:
 
 
 def demo(dataset, seed: int, given: dict) -> list[Row]:
-    """Each paper in a setting of minutes in which it pays, at this rate, with every seed tried
-    (docs/results.md); one seed of one that pays in the mean would at times show the opposite."""
+    """Each paper in a setting of minutes in which it improves mAP, at this rate, with every seed
+    tried (docs/results.md); where only the mean improves, one seed may show the opposite."""
     return (pairs("upreid", dataset, seed, {"pretrain_epochs": 12, "epochs": 12} | given, (0.1,)) +
             pairs("personvit", dataset, seed, {"pretrain_epochs": 8} | given, (0.3,)))
 
@@ -153,8 +155,8 @@ def initialisation(dataset, seed: int, given: dict) -> list[Row]:
 
 
 def evidence(dataset, seed: int, given: dict) -> list[Row]:
-    """ViT-S at 128x64 on one GPU: does pre-training pay on this set? On Market-1501 ten minutes, as
-    computed from an H100's speeds at 256x128 (docs/results.md)."""
+    """ViT-S at 128x64 on one GPU: does pre-training improve mAP on this set? On Market-1501 ten
+    minutes, as computed from an H100's speeds at 256x128 (docs/results.md)."""
     given = {"arch": ["vit_small"], "size": (128, 64), "epochs": 20, "pretrain_epochs": 25} | given
     random, row = pairs("personvit", dataset, seed, given)
     return [random, dataclasses.replace(row, before=dataclasses.replace(row.before, warmup=2))]
@@ -192,45 +194,48 @@ def rows_of(name: str, dataset, seed: int, given: dict) -> list[Row]:
 # ---------------------------------------------------------------------------------------------
 
 
-def run_rows(rows: list[Row], dataset, out: Path, overwrite: bool, machine: Machine) -> dict:
+def run_rows(rows: list[Row], dataset, out: Path, overwrite: bool, runtime: Runtime) -> dict:
     """Train and evaluate rows of one seed: {(group, origin): (results, run folder)}."""
-    done, pretrained = {}, {}
+    done = {}
+    pretrained = {}
     for row in rows:
         seed = row.recipe.seed
-        key, weights = (row.method, row.before, row.start), row.start or None
+        key = (row.method, row.before, row.start)
+        weights = row.start or None
         if row.before and key not in pretrained:
             part = dataclasses.replace(dataset, train=some_images(dataset.train, row.share, seed))
             name = f"{TITLES[row.method]} kept" if row.kept else row.origin
             run = open_run(out / file_name(f"{name}_{seed}_pretraining"), row.before, part,
-                           overwrite, machine, weights, pretrain=row.method)
+                           overwrite, runtime, weights, pretrain=row.method)
             pretrain(row.method, row.before, part, run, dataclasses.replace(
-                machine, keep_every=row.kept), weights)
+                runtime, keep_every=row.kept), weights)
             pretrained[key] = run.folder
         if row.before:
             name = f"backbone_e{row.kept:04d}.pth" if row.kept else "backbone.pth"
             weights = str(pretrained[key] / name)
         folder = out / file_name(f"{row.group}_{row.origin}_{seed}")
-        results = fine_tune_and_evaluate(row.recipe, dataset, folder, overwrite, weights, machine)
+        results = fine_tune_and_evaluate(row.recipe, dataset, folder, overwrite, weights, runtime)
         done[row.group, row.origin] = results, folder
     return done
 
 
 def some_images(records, share: float, seed: int):
-    """A share of the images, drawn by the seed; a smaller one is a part of a larger."""
+    """A share of the images, sampled by the seed; a smaller one is a part of a larger."""
     order = np.random.default_rng(seed).permutation(len(records))[:round(share * len(records))]
     return [records[i] for i in sorted(order)]
 
 
-def say_how_long(rows: list[Row], dataset, machine: Machine) -> None:
+def say_how_long(rows: list[Row], dataset, runtime: Runtime) -> None:
     """Minutes of the trainings of one seed on this machine, by a few steps of each kind."""
-    minutes, speeds = 0.0, {}
+    minutes = 0.0
+    speeds = {}
     work = {(row.method, row.before, row.share) for row in rows if row.before}  # once for all rows
-    for name, recipe, share in [*work, *(("fine-tuning", row.recipe, row.recipe.labelled)
+    for name, recipe, share in [*work, *(("", row.recipe, row.recipe.labelled)
                                          for row in rows)]:
         key = name, recipe.arch, recipe.size
         if key not in speeds:
             speeds[key] = staged(name, dataclasses.replace(recipe, epochs=99), dataset,
-                                 machine.device, 5, machine.backend).lines["both"]["img_s"]
+                                 runtime.device, 5, runtime.backend).lines["both"]["img_s"]
         minutes += recipe.epochs * share * len(dataset.train) / speeds[key] / 60
     print(f"the trainings will take about {minutes:.0f} minutes here, a seed")
 
@@ -248,15 +253,12 @@ def check(rows: list[Row], dataset) -> None:
         if row.start:
             load_weights(row.start, backbone)
         if row.before:
-            try:
-                row.before.build()
-            except ValueError as error:  # the method files know nothing of InputError
-                raise InputError(str(error)) from None
+            build_objective(row.before, Runtime())
             ShuffleSampler(len(some_images(dataset.train, row.share, 0)), row.before.batch)
 
 
 def study(name: str, dataset, seeds: list[int], given: dict, out: Path, overwrite: bool,
-          machine: Machine) -> None:
+          runtime: Runtime) -> None:
     """All rows of a study over all seeds, a table after each seed, a picture at the end."""
     start = time.perf_counter()
     pictures = [out / f"{name}.png"] + [out / "ranks.png"] * (name == "demo")
@@ -267,11 +269,11 @@ def study(name: str, dataset, seeds: list[int], given: dict, out: Path, overwrit
     for seed in seeds:
         check(rows_of(name, dataset, seed, given), dataset)
     if name == "evidence":
-        say_how_long(rows_of(name, dataset, seeds[0], given), dataset, machine)
-    table = untrained(dataset, machine) if name == "demo" else {}
+        say_how_long(rows_of(name, dataset, seeds[0], given), dataset, runtime)
+    table = untrained(dataset, runtime) if name == "demo" else {}
     for number, seed in enumerate(seeds, 1):
         rows = rows_of(name, dataset, seed, given)
-        done = run_rows(rows, dataset, out, overwrite, machine)
+        done = run_rows(rows, dataset, out, overwrite, runtime)
         for key, (results, _) in done.items():
             table.setdefault(key, []).append(results)
         print_table(table, heading(dataset, rows, seeds[:number]))
@@ -282,19 +284,19 @@ def study(name: str, dataset, seeds: list[int], given: dict, out: Path, overwrit
     if name == "demo":
         best, (_, folder) = max(done.items(), key=lambda item: item[1][0]["mAP"])
         model, recipe = load_model(str(folder / "model.pth"))
-        draw_ranks(pictures[1], dataset, *evaluate(model, dataset, recipe, workers=machine.workers))
+        draw_ranks(pictures[1], dataset, *evaluate(model, dataset, recipe, workers=runtime.workers))
         print(f"rank list of {', '.join(best)} in {pictures[1]}")
 
 
-def untrained(dataset, machine: Machine) -> dict:
-    """What is to be beaten: colours alone, and a network that has learnt nothing."""
+def untrained(dataset, runtime: Runtime) -> dict:
+    """Baselines of the demo: colours alone, and a network that has learnt nothing."""
     colours = rank_features(*(x for part in (dataset.query, dataset.gallery) for x in (
         colour_histograms(part), [r.pid for r in part], [r.camid for r in part])))
     torch.manual_seed(0)
     recipe = Recipe.preset("synthetic")  # the usual size, whatever --size says
     # without BNNeck: a fresh one would change no ranking
     network, _, _ = evaluate(build_backbone(recipe.arch, recipe.size), dataset,
-                             stored(recipe, dataset), workers=machine.workers)
+                             stored(recipe, dataset), workers=runtime.workers)
     return {("no training", name): [result.numbers()]
             for name, result in (("colour histogram", colours), (recipe.arch, network))}
 
@@ -320,7 +322,7 @@ def colour_histograms(records: list[Record], size=(128, 64), bins: int = 8) -> T
 
 
 def heading(dataset, rows: list[Row], seeds: list[int]) -> str:
-    """What a reader must know before believing a number: how many seeds, how many labels."""
+    """What a reader must know beside each number: how many queries, seeds and labels."""
     shares = ", ".join(f"{share:.0%}" for share in sorted({row.recipe.labelled for row in rows}))
     return (f"{dataset.name}, {len(dataset.query):,} queries; seed{'s' * (len(seeds) > 1)} "
             f"{', '.join(map(str, seeds))}; labelled: {shares} of the identities")
@@ -366,7 +368,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--weights", metavar="FILE", help="initialisation: the weights to start from")
     add("--out", metavar="DIR", help="default: runs/<study>, or runs/<study>_<dataset>")
     add("--overwrite", action="store_true", help="start over in a used folder")
-    add("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu",
+    add("--device", type=device_name, default=usual_device(),
         help="cpu or cuda; default: cuda if there is one")
     for flag in ("--workers", "--threads"):
         add(flag, type=int, default=min(cores(), 8), help="default: %(default)s")
@@ -384,16 +386,19 @@ def main(argv: list[str] | None = None) -> None:
     if "WORLD_SIZE" in os.environ:
         parser.error("a study runs in one process: start it with python, not with torchrun")
     torch.set_num_threads(args.threads)
-    given = {"bf16": args.device != "cpu"} | {k: v for k, v in vars(args).items() if v is not None
-             and k in ("arch", "size", "epochs", "pretrain_epochs", "labelled", "rates", "weights")}
+    given = {"bf16": has_bfloat16(args.device)}
+    for key in ("arch", "size", "epochs", "pretrain_epochs", "labelled", "rates", "weights"):
+        if getattr(args, key) is not None:
+            given[key] = getattr(args, key)
     dataset = load_dataset(args.dataset, args.data_root)
     if not any(q.pid == g.pid and q.camid != g.camid for q in dataset.query
                for g in dataset.gallery):
-        raise InputError(f"{dataset.name}: no query has an answer by another camera, to judge by")
+        raise InputError(f"{dataset.name}: no query has a correct match from another camera, so "
+                         f"that nothing can be evaluated")
     name = args.study if args.dataset == "synthetic" else f"{args.study}_{Path(args.dataset).name}"
     study(args.study, dataset, seeds, given, Path(args.out or f"runs/{name}"), args.overwrite,
-          Machine(args.device, args.workers,
-                  backend="inductor" if can_compile(args.device) else ""))
+          Runtime(args.device, args.workers,
+                  backend=choose_backend(None, args.device)))
 
 
 if __name__ == "__main__":

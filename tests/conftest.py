@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data import load_dataset, make_synthetic  # noqa: E402  (these are found through the line above)
-from extra.stress import log_lines, market_tree, start_script, write_image  # noqa: E402
+from stress import log_lines, market_tree, start_script, write_image  # noqa: E402
 
 __all__ = ["log_lines", "market_tree", "write_image"]
 

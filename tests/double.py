@@ -31,6 +31,6 @@ def use_doubles():
 if __name__ == "__main__":
     use_doubles()
     use_tiny_networks()
-    import data
     import train
-    data.command_line(train.main)
+    from extra.files import command_line
+    command_line(train.main)

@@ -1,9 +1,9 @@
-"""Parsers on tiny fabricated trees of every dataset, image reading, the samplers, synthetic people."""
+"""Tiny fabricated trees of every dataset, images of a batch, the samplers, synthetic people."""
 
 import collections
 import os
 import pickle
-import re
+import random
 import shutil
 from pathlib import Path
 
@@ -14,7 +14,9 @@ from conftest import ROOT, command, market_tree, write_image
 from PIL import Image
 
 import data
-from data import FineTuneTransform, Images, InputError, PathList, PKSampler, Record, ShuffleSampler, load_dataset, read_image
+from data import (FineTuneTransform, Images, InputError, MultiCrop, PKSampler, Record, ShuffleSampler, Unlabelled, from_step, load_dataset,
+                  make_loader, some_identities)
+from extra.files import read_image
 from extra.people import make_synthetic
 
 # ---- datasets --------------------------------------------------------------------------------
@@ -99,84 +101,12 @@ def test_msmt17(tmp_path, capsys, folder, dirs, version):
             load_dataset("msmt17", tmp_path)
 
 
-def load_tree(root, *names, capsys=None):
-    """The dataset of a folder of images with these names, and what was printed of it."""
-    for i, name in enumerate(names):
-        write_image(root / name, i)
-    dataset = load_dataset(str(root))
-    return dataset if capsys is None else (dataset, capsys.readouterr().out)
-
-
-def test_names_that_say_identity_and_camera(tmp_path, capsys):
-    market_tree(tmp_path / "a")
-    dataset = load_dataset("folder", tmp_path / "a")
-    assert dataset.has_cameras and [len(dataset.train), len(dataset.query)] == [16, 4]
-    assert load_dataset(str(tmp_path / "a")).train == dataset.train            # any folder, named by its path
-    assert dataset.query[0].pid == 1 and dataset.query[0].camid == 0           # numbers stay as they are
-    for split in ("train", "query", "gallery"):
-        write_image(tmp_path / "c" / split / "0001_c1.jpg")
-    assert [len(s) for s in vars(load_dataset("folder", tmp_path / "c")).values() if isinstance(s, list)] == [1, 1, 1]
-    for i, name in enumerate(("0003_C2_x.jpg", "0004C1T0002F003.jpg", "12345678901234567890_c3.png", "-1_c1.jpg", "00-1C2T0001F001.jpg",
-                              "0005_004_12_0303morning_0006_2.jpg")):
-        write_image(tmp_path / "d" / name, i)
-    dataset = load_tree(tmp_path / "d")                                        # upper case, tracklets, long numbers, MSMT17's
-    assert sorted((r.pid, r.camid) for r in dataset.query) == [(1, 1), (2, 0), (3, 11), (4, 2)]
-    capsys.readouterr()
-    dataset, out = load_tree(tmp_path / "e", "cam1/0007_c1.jpg", "cam2/0007_c2.jpg", "cam2/0008_c2.jpg", capsys=capsys)
-    assert len({r.pid for r in dataset.query}) == 2 and dataset.has_cameras   # names win over folders
-    assert "the same images train and test" in out and "for example cam1/0007_c1.jpg: identity 7, camera 1" in out
-
-
-def test_a_folder_for_each_person(tmp_path, capsys):
-    names = [f"person_{i}/{k:03d}.jpg" for i in range(3) for k in (1, 2)]
-    dataset, out = load_tree(tmp_path / "a", *names, capsys=capsys)
-    assert [r.pid for r in dataset.train] == [0, 0, 1, 1, 2, 2] and not dataset.has_cameras
-    assert len({r.camid for r in dataset.query}) == 6 and dataset.query == dataset.gallery
-    assert "each folder is an identity" in out and "for example person_0/001.jpg: identity 0, no camera" in out
-    dataset = load_tree(tmp_path / "b", "cam1/0001/a.jpg", "cam2/0001/a.jpg", "cam1/0002/a.jpg")
-    assert [r.pid for r in dataset.query] == [0, 1, 0]                         # the nearer of two levels
-    dataset = load_tree(tmp_path / "c", *(f"{split}/{name}/{k}.jpg" for split in ("train", "query", "gallery") for k in (1, 2)
-                                          for name in ("anna", "bert")))
-    assert [r.pid for r in dataset.query] == [0, 0, 1, 1] and [r.pid for r in dataset.gallery] == [0, 0, 1, 1]
-    assert {r.camid for r in dataset.query}.isdisjoint(r.camid for r in dataset.gallery)
-
-
-def test_what_has_no_identities_serves_pretraining_alone(tmp_path, capsys):
-    for names in (("001.jpg", "002.jpg"), ("images/001.jpg", "images/002.jpg")):  # one folder
-        dataset, out = load_tree(tmp_path / names[0][0], *names, capsys=capsys)
-        assert [r.pid for r in dataset.train] == [-1, -1] and dataset.query == dataset.gallery == []
-        assert "no identities, these images serve --pretrain alone: to label them" in out and "no identity" in out
-
-
-@pytest.mark.parametrize("names, words", [
-    (("0001_c1.jpg", "0003_stray.jpg"), "1 of 2 names do not start like 0002_c1, as the others do: .*0003_stray.jpg; rename"),
-    (("0003/0004_c1.jpg", "0004/0004_c2.jpg"), "0003/0004_c1.jpg: the name says identity 4, the folder 0003; rename"),
-    (("anna/1.jpg", "bert/1.jpg", "2.jpg"), "2.jpg: lies beside folders that are identities"),
-    (("train/0001_c1.jpg", "query/anna/1.jpg", "query/bert/1.jpg", "gallery/0001_c2.jpg"), "names do not start like 0002_c1 .* in each of train, query"),
-    (("train/anna/1.jpg", "train/bert/1.jpg", "query/1.jpg", "gallery/2.jpg"), "or folders are no identities, in each of train, query"),
-    (("train/anna/1.jpg", "train/bert/1.jpg", "query/anna/1.jpg", "gallery/anna/2.jpg", "gallery/bert/2.jpg"), "in each of train")])
-def test_contradictions_are_refused(tmp_path, names, words):
-    with pytest.raises(InputError, match=words):
-        load_tree(tmp_path, *names)
-
-
 def test_an_empty_training_folder_hinders_no_evaluation(tmp_path):
     root = market_tree(tmp_path / "market1501")
     for path in (root / "bounding_box_train").iterdir():
         path.unlink()
     for dataset in (load_dataset("market1501", tmp_path), load_dataset(str(root))):
         assert (len(dataset.train), len(dataset.query), len(dataset.gallery)) == (0, 4, 16)
-
-
-def test_files_that_look_like_images_are_read_or_counted(tmp_path, capsys):
-    first = write_image(tmp_path / "a" / "0001_c1.jpg")
-    for name in ("0001_c2.jfif", "0002_c1.JPE"):                               # Windows' names of JPEG
-        (tmp_path / "a" / name).write_bytes(first.read_bytes())
-    for name in ("IMG_1.HEIC", "scan.psd"):
-        (tmp_path / "a" / name).write_bytes(b"x")
-    dataset, out = load_tree(tmp_path / "a", capsys=capsys)
-    assert len(dataset.query) == 3 and read_image(dataset.query[1].path, (16, 8), BICUBIC).shape == (3, 16, 8)
-    assert re.search("WARNING: 2 files below .* look like images, but cannot be read here, first IMG_1.HEIC: convert", out)
 
 
 def test_synthetic_never_takes_another_set_for_its_own(tmp_path, monkeypatch):
@@ -228,23 +158,6 @@ def test_fingerprint_is_of_all_images_wherever_they_lie(tmp_path):
     assert load_dataset("market1501", same.root).fingerprint() != first.fingerprint()
 
 
-@pytest.mark.parametrize("tree", [("person_0/cam1", "person_1/cam1", "person_1/Camera_2"), ("cam1", "cam2"), ("Train", "Query", "Gallery"),
-                                  ("val", "test")])
-def test_cameras_and_splits_are_no_people(tmp_path, capsys, tree):
-    """The folder nearest to an image is its person; where that cannot be meant, the images serve --pretrain alone."""
-    for folder in tree:
-        write_image(tmp_path / "set" / folder / "1.jpg")
-    dataset = load_dataset(str(tmp_path / "set"))
-    assert {r.pid for r in dataset.train} == {-1} and not dataset.query and "no identities" in capsys.readouterr().out
-
-
-def test_cameras_are_numbers_of_a_sane_length(tmp_path):
-    write_image(tmp_path / "set" / "0001_c10000000000000000000000001_0.jpg")
-    write_image(tmp_path / "set" / "0001_c1_0.jpg")
-    with pytest.raises(InputError, match="1 of 2 names do not start like 0002_c1"):
-        load_dataset(str(tmp_path / "set"))
-
-
 def test_only_luperson_s_own_names_stand_for_it(tmp_path):
     for person in ("a", "b"):
         write_image(tmp_path / "lupine" / person / "1.jpg")
@@ -279,7 +192,7 @@ def test_luperson_tree_and_list(tmp_path, capsys):
         (tmp_path / "some.txt").write_text(text)
         prints.add(load_dataset(str(tmp_path / "some.txt")).fingerprint())
     assert len(prints) == 3
-    assert isinstance(load_dataset(str(tmp_path / "luperson")).train, PathList)  # by its path: not a Record for each
+    assert isinstance(load_dataset(str(tmp_path / "luperson")).train, Unlabelled)  # by its path: not a Record for each
     (tmp_path / "some.txt").write_text("\n\na.jpg\n\n b.jpg\n\n")
     listed = load_dataset(str(tmp_path / "some.txt")).train
     assert [os.path.basename(r.path) for r in listed] == ["a.jpg", " b.jpg"]  # blank lines are none
@@ -293,7 +206,7 @@ def test_luperson_tree_and_list(tmp_path, capsys):
         with pytest.raises(InputError, match=words):
             load_dataset(str(tmp_path / "some.txt"))
     (tmp_path / "some.txt").write_text("a..b.jpg\n")          # two dots in a name are no way out
-    assert len(PathList(tmp_path / "some.txt", tmp_path)) == 1
+    assert list(Unlabelled(tmp_path / "some.txt", tmp_path)) == [Record(str(tmp_path / "a..b.jpg"), -1, -1)]
 
 
 def test_bad_datasets_get_one_clear_line(tmp_path):
@@ -334,63 +247,6 @@ def test_command_line(tmp_path):
         data.main(["--synthetic", ""])
 
 
-def test_one_camera_is_told_before_a_training(tmp_path, capsys):
-    for pid in range(3):
-        for n in range(3):
-            write_image(tmp_path / f"{pid:04d}_c1_{n}.jpg")
-    load_dataset(str(tmp_path))
-    assert "all test images are by one camera: evaluate.py can rank them by --cams none" in capsys.readouterr().out
-    write_image(tmp_path / "0001_c2_9.jpg")
-    load_dataset(str(tmp_path))
-    assert "one camera" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("name", ["market1501", "luperson", "folder"])
-def test_order_of_the_file_system_changes_nothing(tmp_path, monkeypatch, name):
-    market_tree(tmp_path / name)
-    where = tmp_path / name if name == "folder" else name
-    first, scandir = load_dataset(where, tmp_path), os.scandir
-    (tmp_path / "luperson.index.txt").unlink(missing_ok=True)
-
-    class Backwards:
-        def __init__(self, *args):
-            self.entries = sorted(scandir(*args), key=lambda entry: entry.name)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def __next__(self):
-            if not self.entries:
-                raise StopIteration
-            return self.entries.pop()
-
-    monkeypatch.setattr(os, "scandir", Backwards)
-    second = load_dataset(where, tmp_path)
-    assert first.fingerprint() == second.fingerprint() and list(first.train) == list(second.train) != []
-    assert first.query == second.query and first.gallery == second.gallery
-
-
-def test_links_and_folders_that_cannot_be_listed(tmp_path, monkeypatch):
-    write_image(tmp_path / "elsewhere" / "0001_c1.jpg")
-    (tmp_path / "set").mkdir()
-    (tmp_path / "set" / "link").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "elsewhere" / "round").symlink_to(tmp_path / "set")
-    assert len(load_dataset("folder", tmp_path / "set").train) == 1
-    real = os.scandir
-
-    def closed(path):
-        if str(path).endswith("elsewhere"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return real(path)
-
-    monkeypatch.setattr(os, "scandir", closed)
-    with pytest.raises(InputError, match="elsewhere: cannot be listed .Permission denied."):
-        load_dataset("folder", tmp_path)
-
-
 # ---- synthetic people ------------------------------------------------------------------------
 
 
@@ -425,74 +281,6 @@ def test_colour_alone_does_not_find_synthetic_people(people):
 BICUBIC = Image.Resampling.BICUBIC
 
 
-@pytest.mark.parametrize("dtype, top, suffix, mean", [
-    (np.float32, 1.0, "tif", 127.5), (np.float32, 255.0, "tif", 127.5), (np.uint16, 65535, "png", 127.5), (np.uint16, 65535, "tif", 127.5),
-    (np.int32, 65535, "tif", 127.5), (np.int32, 255, "tif", 127.5), (np.uint16, 4095, "png", None), (np.uint16, 1000, "tif", None),
-    (np.float32, 65535.0, "tif", None), (np.int32, 1 << 24, "tif", None)])
-def test_pixels_have_a_range(tmp_path, dtype, top, suffix, mean):
-    """A ramp of grey becomes one of 0 to 255, or is refused by name: never black."""
-    path = tmp_path / f"a.{suffix}"
-    Image.fromarray(np.tile(np.linspace(0, top, 32), (64, 1)).astype(dtype)).save(path)
-    if mean is None:
-        with pytest.raises(InputError, match=f"{path.name}: cannot be read as an image .its grey levels go from 0 to .*save it with 8 bits"):
-            read_image(str(path), (64, 32), BICUBIC)
-    else:
-        image = read_image(str(path), (64, 32), BICUBIC).float()
-        assert image.mean().item() == pytest.approx(mean, abs=1) and image.amin() == 0 and image.amax() == 255
-
-
-@pytest.mark.parametrize("mode, suffix", [("L", "jpg"), ("RGBA", "png"), ("CMYK", "jpg"), ("P", "png"), ("1", "png"),
-                                          ("LA", "png")])
-def test_any_image_mode_becomes_rgb(tmp_path, mode, suffix):
-    path = str(tmp_path / f"a.{suffix}")
-    Image.new("RGB", (9, 20), (200, 30, 60)).convert(mode).save(path)
-    image = read_image(path, (16, 8), BICUBIC)
-    assert image.shape == (3, 16, 8) and image.dtype == torch.uint8
-
-
-def test_photos_stand_upright(tmp_path):
-    """A telephone stores the sensor's rows and a note which way is up."""
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 4, 3), dtype=np.uint8))
-    exif = Image.Exif()
-    exif[0x0112] = 6                                             # turn by 90 degrees clockwise to see it upright
-    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "a.png", exif=exif)
-    image.save(tmp_path / "b.png")
-    a, b = (read_image(str(tmp_path / name), (8, 4), Image.Resampling.BILINEAR) for name in ("a.png", "b.png"))
-    assert torch.equal(a, b)
-
-
-def test_hostile_images_get_one_line_and_start_nothing(tmp_path, monkeypatch):
-    (tmp_path / "gs").write_text("#!/bin/sh\ntouch started\n")    # Pillow would call this for PostScript
-    (tmp_path / "gs").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.chdir(tmp_path)
-    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n"
-    huge = b"P6 60000 60000 255\n"
-    bomb = Image.new("1", (20000, 20000))
-    bomb.save("bomb.png")
-    for content in (eps, huge, Path("bomb.png").read_bytes(), b"", b"text", b"\xff\xd8\xff\xe0" + bytes(99)):
-        Path("x.jpg").write_bytes(content)
-        with pytest.raises(InputError, match="x.jpg: cannot be read as an image") as caught:
-            read_image("x.jpg", (8, 4), BICUBIC)
-        assert "\n" not in str(caught.value) and "BytesIO" not in str(caught.value)
-    assert not Path("started").exists()
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a system without pipes that have names")
-def test_a_pipe_is_no_image(tmp_path):
-    os.mkfifo(tmp_path / "x.jpg")                             # to open it would be to wait for a writer, for ever
-    with pytest.raises(InputError, match="x.jpg: cannot be read as an image .0 bytes that are none"):
-        read_image(str(tmp_path / "x.jpg"), (8, 4), BICUBIC)
-
-
-def test_resize_is_height_by_width(tmp_path):
-    array = np.zeros((40, 10, 3), np.uint8)
-    array[:20] = 255                                          # top half white
-    Image.fromarray(array).save(tmp_path / "a.png")
-    image = read_image(str(tmp_path / "a.png"), (8, 4), BICUBIC)
-    assert image.shape == (3, 8, 4) and image[:, :3].min() > 200 and image[:, 5:].max() < 50
-
-
 def broken_set(tmp_path, broken: list[int], n: int = 8):
     records = [Record(str(write_image(tmp_path / f"{i}.png", i)), i // 4, 0) for i in range(n)]
     for k, i in enumerate(broken):
@@ -504,16 +292,57 @@ def broken_set(tmp_path, broken: list[int], n: int = 8):
 def test_broken_image_is_replaced_by_its_own_identity(tmp_path):
     views, records = FineTuneTransform((16, 8), (0.5,) * 3, (0.5,) * 3), broken_set(tmp_path, [1, 2])
     batch = [(7, place, index) for place, index in enumerate((0, 1, 2, 5))]
-    images, drawn = Images(records, views).__getitems__(batch)
-    assert drawn["replaced"] == [1, 2] and drawn["pids"].tolist() == [0, 0, 0, 1]
-    assert all(torch.equal(images[i], read_image(records[3].path, (16, 8), BICUBIC)) for i in (1, 2))
-    whole = Images(broken_set(tmp_path / "a", []), views).__getitems__(batch)[1]
-    assert torch.equal(drawn["numbers"], whole["numbers"])   # a substitute keeps its place's numbers
+    found = Images(records, views).__getitems__(batch)
+    assert found["replaced"] == [1, 2] and found["pids"].tolist() == [0, 0, 0, 1]
+    assert all(torch.equal(found["images"][i], read_image(records[3].path, (16, 8), BICUBIC)) for i in (1, 2))
+    whole = Images(broken_set(tmp_path / "a", []), views).__getitems__(batch)
+    assert torch.equal(found["params"], whole["params"])     # a substitute keeps its place's parameters
     others = Images(broken_set(tmp_path / "b", [0, 1, 2, 3]), views)
-    assert others.__getitems__([(0, 0, 2)])[1]["pids"].tolist() == [1]  # nobody left of that identity: the next one
+    assert others.__getitems__([(0, 0, 2)])["pids"].tolist() == [1]  # nobody left of that identity: the next one
     with pytest.raises(InputError, match="no readable image was found near it") as caught:
         Images(broken_set(tmp_path / "c", list(range(8))), views).__getitems__([(0, 0, 0)])
     assert str(tmp_path / "c" / "0.png") in str(caught.value)
+
+
+def masks(generator):
+    return {"masks": torch.rand(2, 4, 2, generator=generator) < 0.5, "ratios": torch.rand(2, generator=generator)}
+
+
+@pytest.mark.parametrize("draw", [None, masks])
+def test_what_is_sampled_for_an_image_depends_on_seed_step_and_place_alone(tmp_path, draw):
+    """... not on the image, nor on the other images of the batch, nor on the process that reads it."""
+    records, views = broken_set(tmp_path, []), MultiCrop((16, 8), num_local=1)
+    batch = [(7, place, index) for place, index in enumerate((3, 3, 0, 5))]
+    one = Images(records, views, 2, draw)
+    found = one.__getitems__(batch)
+    assert set(found) == {"images", "params", "pids", "replaced"} | ({"masks", "ratios"} if draw else set())
+    assert found["images"].shape == (4, 3, 16, 8) and found["images"].dtype == torch.uint8 and found["pids"].tolist() == [0, 0, 0, 1]
+    assert found["params"].dtype == torch.float32 and found["replaced"] == []
+    for place in range(4):
+        torch.testing.assert_close(found["params"][place], torch.tensor(views.draw(random.Random(f"2 7 {place}"))), rtol=0, atol=0)
+    random_parts = ["params", *(["masks", "ratios"] if draw else [])]
+    if draw:
+        assert found["masks"].shape == (2, 4, 4, 2) and found["ratios"].shape == (2, 4)
+
+    def sampled(dataset, batch):
+        return {name: dataset.__getitems__(batch)[name] for name in random_parts}
+
+    def equal(a, b):
+        return all(torch.equal(a[name], b[name]) for name in random_parts)
+
+    whole = sampled(one, batch)
+    assert equal(whole, sampled(one, [(7, place, 1) for place in range(4)]))
+    parts = [sampled(one, batch[i:i + 1]) for i in range(4)]
+    joined = {name: torch.cat([part[name] for part in parts], dim=int(name != "params")) for name in random_parts}
+    assert equal(whole, joined)
+    for other in (sampled(Images(records, views, 3, draw), batch), sampled(one, [(8, place, index) for _, place, index in batch]),
+                  sampled(one, [(7, place + 4, index) for _, place, index in batch])):
+        assert not any(torch.equal(whole[name], other[name]) for name in random_parts)
+    assert len(found["params"].flatten(1).unique(dim=0)) == 4          # image 3 twice, with other parameters
+    for workers in (0, 2):
+        loaded = list(make_loader(one, [batch, batch[:2]], workers))
+        assert equal(loaded[0], whole) and torch.equal(loaded[0]["images"], found["images"]) and loaded[0]["replaced"] == []
+        assert [len(part["images"]) for part in loaded] == [4, 2]
 
 
 # ---- sampler ---------------------------------------------------------------------------------
@@ -572,8 +401,9 @@ def test_pk_sampler_refuses():
         PKSampler([0, 0, 1, 2], 16, 4)
     with pytest.raises(InputError, match="needs 2 identities .*, the training set has 1"):
         PKSampler([4, 4, 4], 1, 4)
-    with pytest.raises(InputError, match="a batch needs 2 identities"):
-        PKSampler([4, 4, 5], 1, 4)                               # no other person in a batch, no triplet
+    for ids, images in ((1, 4), (0, 4), (2, 0)):                 # no other person in a batch, no triplet
+        with pytest.raises(InputError, match="a batch needs 2 identities"):
+            PKSampler([4, 4, 5], ids, images)
     with pytest.raises(InputError, match="the training set has 0"):
         PKSampler([], 2, 4)
     with pytest.raises(InputError, match="--ids 8 cannot be shared evenly by 3"):
@@ -589,7 +419,51 @@ def test_shuffled_batches():
     whole = list(ShuffleSampler(23, 12, seed=1))
     halves = [list(ShuffleSampler(23, 12, seed=1, rank=r, world=2)) for r in range(2)]
     assert [a + b for a, b in zip(*halves)] == whole                    # the very same places
-    passes = [list(ShuffleSampler(23, 12, seed=1, rank=r, world=2, passes=3)) for r in range(2)]
-    assert [len(batch) for batch in passes[0]] == [2, 2, 2] and sum(passes[0] + passes[1], []) == whole[0]
+    parts = [list(ShuffleSampler(23, 12, seed=1, rank=r, world=2, accumulate=3)) for r in range(2)]
+    assert [len(batch) for batch in parts[0]] == [2, 2, 2] and sum(parts[0] + parts[1], []) == whole[0]
     with pytest.raises(InputError, match="a batch of 24 needs that many images, the set has 23"):
         ShuffleSampler(23, 24)
+
+
+def test_identities_are_chosen_in_proportion_to_the_groups_they_have_left():
+    """One of 8 groups beside sixteen of 1, in batches of 2: first as often as 8 of 24 places say, and its last groups in time."""
+    pids = np.concatenate([np.zeros(8, int), np.arange(1, 17)])
+    firsts = collections.Counter()
+    for seed in range(2000):
+        sampler = PKSampler(pids, 2, 1, seed=seed)
+        batch = next(iter(sampler))
+        firsts.update(int(pids[index]) for _, _, index in batch)
+    # with the other one, a second draw: 8/24 + sum over the first of 1/24 * 8/23
+    wanted = 8 / 24 + 16 / 24 * 8 / 23
+    assert len(sampler) == 12 and abs(firsts[0] / 2000 - wanted) < 0.035
+    rates = [firsts[pid] / 2000 for pid in range(1, 17)]
+    assert min(rates) > 0.06 and max(rates) < 0.12               # all others alike
+
+
+def test_identities_need_not_be_numbered_from_0():
+    pids = np.array([40, -7, 40, 10 ** 12, -7, 40])
+    sampler = PKSampler(pids, 3, 2)
+    assert sampler.members == {40: [0, 2, 5], -7: [1, 4], 10 ** 12: [3]}
+    assert [sorted(pids[batch].tolist()) for batch in indices(sampler)] == [[-7, -7, 40, 40, 10 ** 12, 10 ** 12]] * 2
+
+
+@pytest.mark.parametrize("sampler", [PKSampler(np.repeat(np.arange(6), 5), 3, 2), ShuffleSampler(23, 6, accumulate=2)])
+def test_batches_go_on_from_any_step(sampler):
+    per_epoch, epochs = len(sampler), []
+    for epoch in range(3):
+        sampler.epoch = epoch
+        epochs += list(sampler)
+    assert {batch[0][0] for batch in epochs} == set(range(3 * per_epoch))
+    for first in (0, 1, per_epoch - 1, per_epoch, 2 * per_epoch + 1, 3 * per_epoch):
+        assert list(from_step(sampler, first, 3 * per_epoch)) == [batch for batch in epochs if batch[0][0] >= first]
+
+
+def test_a_smaller_share_of_the_identities_is_a_part_of_a_larger_one():
+    records = [Record(f"{pid}/{i}.jpg", 3 * pid, i) for pid in range(20) for i in range(2)]
+    assert some_identities(records, 1, 0) is records
+    kept = {}
+    for share, n in ((0.1, 2), (0.5, 10)):
+        some = some_identities(records, share, 4)
+        assert sorted({r.pid for r in some}) == list(range(n)) and len(some) == 2 * n      # relabelled
+        kept[share] = {r.path for r in some}
+    assert kept[0.1] < kept[0.5] and {r.path for r in some_identities(records, 0.5, 5)} != kept[0.5]

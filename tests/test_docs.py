@@ -1,5 +1,5 @@
 """The pages say what is there: commands parse, links lead to what they name, tags, recipes and exercises are complete;
-and the house is as it was drawn: its top level, who imports whom, how long a file is."""
+and the house is as it was drawn: its top level, who imports whom, how much a file says and how densely."""
 
 import argparse
 import ast
@@ -30,6 +30,7 @@ COMMANDS = [(page, line.split("  #")[0].strip()) for page, text in PAGES.items()
 def test_readme_is_a_front_page():
     """Short, and the first command stands on the first screen."""
     assert len(README.encode()) <= 12288
+    assert len(PAGES["docs/results.md"].encode()) <= 20480       # what holds, and no log of every try
     assert "```bash\n" in "".join(README.splitlines(True)[:25])
     assert sum(page == "README.md" for page, _ in COMMANDS) >= 8 and any("--dataset msmt17" in c for _, c in COMMANDS)
 
@@ -41,6 +42,7 @@ class Parsed(Exception):
 def parse(words: list[str], monkeypatch) -> None:
     """Let the script parse its flags; a parser exits on an unknown one, and so fails."""
     module, flags = (words[2], words[3:]) if words[1] == "-m" else (words[1].removesuffix(".py"), words[2:])
+    module = module.removeprefix("tests/")
     script = importlib.import_module(module)
     if hasattr(script, "parse_args"):  # with the checks of what goes together
         script.parse_args(flags)
@@ -204,15 +206,24 @@ def test_every_exercise_has_its_answer():
 
 # ---- the house ---------------------------------------------------------------------------------
 
-BOOK = {"upreid": 270, "personvit": 370, "data": 640, "evaluate": 520, "train": 600}  # most lines of code
+BOOK = {"upreid": 3300, "personvit": 4700, "data": 6500, "evaluate": 4500, "train": 4600}  # most tokens of each
 METHODS = ("upreid", "personvit")
 TOP_LEVEL = {"README.md", "requirements.txt", "Makefile", *(f"{name}.py" for name in BOOK), "extra", "tests", "docs",
              "LICENSE", ".gitignore", ".ci"}
-ABOVE = {*BOOK, "extra.pictures"}  # what stands above train may use
-EDGES = {"upreid": set(), "personvit": set(), "data": {"extra.people"},
-         "evaluate": {"data", *METHODS, "extra.pictures", "extra.formats"}, "train": {"data", "evaluate", *METHODS},
-         "extra.people": set(), "extra.pictures": {"data", "personvit"}, "extra.formats": {"data", *METHODS},
-         "extra.study": {*ABOVE, "extra.bench"}, "extra.bench": ABOVE, "extra.stress": ABOVE}
+# extra/ is of two kinds: what the five stand on, which imports none of them, and what stands on the five
+BELOW = {f"extra.{name}" for name in ("people", "files", "folders", "workers", "runs", "flags", "rerank")}
+ABOVE = {f"extra.{name}" for name in ("formats", "photos", "pictures", "study", "bench")}
+EDGES = {"upreid": set(), "personvit": set(),
+         "data": {"extra.people", "extra.files", "extra.folders", "extra.workers"},
+         "evaluate": {"data", *METHODS, "extra.files", "extra.folders", "extra.flags", "extra.runs", "extra.rerank",
+                      "extra.formats", "extra.photos", "extra.pictures"},
+         "train": {"data", "evaluate", *METHODS, "extra.files", "extra.folders", "extra.flags", "extra.runs"},
+         "extra.people": set(), "extra.files": set(), "extra.workers": set(), "extra.flags": set(), "extra.rerank": set(),
+         "extra.folders": {"extra.files"}, "extra.runs": {"extra.files"},
+         "extra.formats": {"data", "extra.files"}, "extra.photos": {"data", "evaluate", "extra.files", "extra.pictures"},
+         "extra.pictures": {"data", "personvit", "extra.files", "extra.flags"},
+         "extra.bench": {*BOOK, "extra.files", "extra.flags", "extra.runs"},
+         "extra.study": {*BOOK, "extra.files", "extra.flags", "extra.runs", "extra.pictures", "extra.bench"}}
 PACKAGES = {"torch", "torchvision", "numpy", "scipy", "PIL"}
 
 
@@ -234,10 +245,19 @@ def test_every_module_has_its_edges():
     assert {file_of(module) for module in EDGES} == {path for path in HOUSE_FILES if path.stem != "__init__"}
 
 
-def imports(source: str) -> set[str]:
+def outside_functions(tree: ast.AST) -> list[ast.AST]:
+    """All nodes that run when a module is imported, but for default values of parameters."""
+    found = [tree]
+    for node in found:  # grows while it is gone through
+        found += [child for child in ast.iter_child_nodes(node)
+                  if not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))]
+    return found
+
+
+def imports(source: str, nodes=ast.walk) -> set[str]:
     """Modules of the house ("data", "extra.people") and other packages that a source imports, in functions as well."""
     names = []
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(ast.parse(source)):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -251,12 +271,18 @@ def test_imports_are_seen():
 from extra import pictures
 from extra.study import study as s
 from . import bench
-from .stress import main
+from .photos import main
 def f():
     import data
-    from train import main"""
-    extra = {f"extra.{name}" for name in ("people", "pictures", "study", "bench", "stress")}
-    assert imports(source) == {"os", "data", "train"} | extra
+    from train import main
+if os:
+    class C:
+        from extra import flags
+        def g(self):
+            from extra import runs"""
+    extra = {f"extra.{name}" for name in ("people", "pictures", "study", "bench", "photos", "flags")}
+    assert imports(source) == {"os", "data", "train", "extra.runs"} | extra
+    assert imports(source, outside_functions) == {"os"} | extra
 
 
 @pytest.mark.parametrize("module", EDGES)
@@ -267,41 +293,104 @@ def test_imports(module):
     assert names - house - set(sys.stdlib_module_names) <= ({"torch"} if module in METHODS else PACKAGES)
 
 
-def count(source: str) -> tuple[int, int]:
-    """Lines with code, and lines with a comment or of a docstring; a line may be both, a blank one is neither."""
-    docstrings, code, comments = set(), set(), set()
-    for node in ast.walk(ast.parse(source)):
+def test_the_two_kinds_of_extra():
+    """Import the five and nothing is loaded that stands on them; what they stand on can be read without them."""
+    assert BELOW | ABOVE | {*BOOK} == set(EDGES) and not BELOW & ABOVE
+    for module in BELOW:
+        assert EDGES[module] <= BELOW, module
+    for module in BOOK:
+        assert not imports(file_of(module).read_text(), outside_functions) & ABOVE, module
+    assert imports(file_of("evaluate").read_text()) & ABOVE      # it has some, in functions
+
+
+LAYOUT = {tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
+def docstring_lines(tree: ast.AST) -> set[int]:
+    found = set()
+    for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and node.body:
             first = node.body[0]
             text = first.value if isinstance(first, ast.Expr) else None
             if isinstance(text, ast.Constant) and isinstance(text.value, str):
-                docstrings |= {*range(first.lineno, first.end_lineno + 1)}
-    layout = {tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+                found |= {*range(first.lineno, first.end_lineno + 1)}
+    return found
+
+
+def is_nested(node: ast.AST) -> bool:
+    """A comprehension with two `for`, or with another one in it?"""
+    return isinstance(node, COMPREHENSIONS) and (
+        len(node.generators) > 1 or any(isinstance(inner, COMPREHENSIONS) for inner in ast.walk(node) if inner is not node))
+
+
+def is_several(node: ast.AST) -> bool:
+    """Several values to several names in one statement?"""
+    return isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple)
+
+
+def measured(source: str) -> dict[str, int]:
+    """What there is to read in a source, however it is broken into lines.
+
+    code: lines that hold anything but a comment, a docstring or nothing; comments: lines with a comment or of a docstring (a
+    line may be both); tokens: names, operators, numbers and strings outside of docstrings, an f-string being one;
+    nested, conditional, several: see `is_nested`, `ast.IfExp`, `is_several`."""
+    tree = ast.parse(source)
+    docstrings, code, comments, tokens, depth = docstring_lines(tree), set(), set(), 0, 0
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        lines = {*range(token.start[0], token.end[0] + 1)}
+        lines, kind = {*range(token.start[0], token.end[0] + 1)}, tokenize.tok_name[token.type]
         if token.type == tokenize.COMMENT:
             comments |= lines
-        elif token.type not in layout:
+        elif token.type not in LAYOUT:
             code |= lines
-    return len(code - docstrings), len(comments | docstrings)
+            tokens += depth == 0 and token.start[0] not in docstrings
+        depth += kind.endswith("STRING_START")                   # from Python 3.12 on an f-string is many tokens
+        depth -= kind.endswith("STRING_END")
+    nodes = list(ast.walk(tree))
+    return {"code": len(code - docstrings), "comments": len(comments | docstrings), "tokens": tokens,
+            "nested": sum(map(is_nested, nodes)), "conditional": sum(isinstance(node, ast.IfExp) for node in nodes),
+            "several": sum(map(is_several, nodes))}
 
 
-def test_lines_are_counted():
+def test_what_is_measured():
     source = '"""One.\n\nTwo."""\n\n# three\nx = [1,  # four\n\n     2]\ndef f():\n    """Five."""\n    return "\\\n"\n'
-    assert count(source) == (5, 6)
+    assert measured(source) == {"code": 5, "comments": 6, "tokens": 14, "nested": 0, "conditional": 0, "several": 0}
+    for line, tokens, found in (
+            ("a = f'{b} of {c:>{d}}' + 'e'", 5, []), ("a, b = c", 5, []), ("a, b = c, d", 7, ["several"]),
+            ("a = b if c else d", 7, ["conditional"]), ("a = [b for c in d]", 9, []),
+            ("a = [b for c in d for b in c]", 13, ["nested"]), ("a = {b: [c for c in b] for b in d}", 17, ["nested"])):
+        got = measured(line)
+        assert (got["code"], got["tokens"]) == (1, tokens), line
+        assert [kind for kind in ("nested", "conditional", "several") if got[kind]] == found, line
+
+
+HOUSE = {module: measured(file_of(module).read_text()) for module in EDGES}
 
 
 @pytest.mark.parametrize("module", BOOK)
-def test_a_file_of_the_book_is_short_and_explained(module):
-    """A file that is too long has an idea too many; one with too few comments is not for reading."""
-    code, comments = count(file_of(module).read_text())
-    assert code <= BOOK[module]
-    assert comments / code >= (0.6 if module in METHODS else 0.35)
+def test_a_file_of_the_book_is_short_plain_and_explained(module):
+    """A file that says too much has an idea too many; too much on a line, or too few comments, is not for reading."""
+    found = HOUSE[module]
+    assert found["tokens"] <= BOOK[module]
+    assert found["tokens"] / found["code"] <= (12 if module in METHODS else 11)
+    assert found["nested"] == 0
+    assert found["conditional"] / found["code"] <= 0.02
+    assert found["several"] / found["code"] <= 0.015
+    assert found["comments"] / found["code"] >= (0.6 if module in METHODS else 0.35)
 
 
 def test_the_house_is_small():
-    assert sum(count(file_of(module).read_text())[0] for module in BOOK) <= 2400
-    assert sum(count(path.read_text())[0] for path in (ROOT / "extra").glob("*.py")) <= 1700
+    book = sum(HOUSE[module]["tokens"] for module in BOOK)
+    extra = sum(HOUSE[module]["tokens"] for module in BELOW | ABOVE)
+    assert book <= 23_600 and extra <= 33_000 and book + extra <= 56_500, (book, extra)
+
+
+DENSE = {"extra.people": 18.2, "extra.pictures": 16.5, "extra.study": 13.1, "extra.bench": 12.9}  # older files: no denser than they were
+
+
+@pytest.mark.parametrize("module", sorted(BELOW | ABOVE))
+def test_extra_is_not_pressed_together(module):
+    assert HOUSE[module]["tokens"] / HOUSE[module]["code"] <= DENSE.get(module, 12)
 
 
 def test_modules_fit_the_page():

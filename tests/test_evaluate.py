@@ -14,11 +14,14 @@ from conftest import ROOT, Golden, market_tree, write_image
 from PIL import Image
 
 import evaluate
-from data import InputError, Record, load_dataset
-from evaluate import ReIDModel, answers, cmc_map, labels_of, rank_features
+import extra.rerank
+from data import Record, load_dataset
+from evaluate import RankResult, ReIDModel, cmc_map, labels_of, matches_of, rank_features, rerank
+from extra.files import InputError
 from extra.pictures import GREEN, GREY, draw_ranks, filtered_ranking
-from personvit import VisionTransformer
 from extra.study import colour_histograms
+from extra.workers import end_workers
+from personvit import VisionTransformer
 
 # ---- ranking ---------------------------------------------------------------------------------
 
@@ -33,7 +36,7 @@ def by_definition(dist, q_pids, g_pids, q_cams, g_cams, max_rank, q_images=None,
             copy = q_images is not None and q_images[q] == g_images[g]
             if not (same and (q_cams[q] == g_cams[g] or copy)):
                 kept.append((float(dist[q][g]), same))
-        kept.sort()  # False < True: among ties the wrong answers come first
+        kept.sort()  # False < True: among ties other people come first
         hits = [rank for rank, (_, same) in enumerate(kept) if same]
         if not hits:
             for values in APs.values():
@@ -69,17 +72,20 @@ def test_cmc_map_equals_the_definition(seed):
     images = dict(q_images=qi, g_images=gi) if seed % 2 else {}
     cmc, APs, valid = by_definition(dist, qp, gp, qc, gc, most, **images)
     if not valid:
-        with pytest.raises(InputError, match="no query has a right answer"):
+        with pytest.raises(InputError, match="no query has a correct match in the gallery"):
             cmc_map(dist, qp, gp, qc, gc, most, **images)
         return
     for ap in ("step", "market"):
         result = cmc_map(dist, qp, gp, qc, gc, most, ap=ap, **images)
+        assert isinstance(result, RankResult) and result.ap == ap
         assert result.mINP == pytest.approx(np.nanmean(APs["INP"])) and f"mINP {result.mINP:.2%}" in str(result)
         np.testing.assert_allclose(result.cmc, cmc, atol=1e-12)
         np.testing.assert_allclose(result.AP, APs[ap], atol=1e-12)
         assert result.mAP == pytest.approx(np.nanmean(APs[ap])) and result.mAP == result.mAPs[ap]
         assert (result.valid, result.total) == (valid, len(qp))
         assert f"valid queries {valid}/{len(qp)}" in str(result)
+        other = {"step": "market", "market": "step"}[ap]
+        assert f"mAP {result.mAP:.2%} ({ap}; {other} {result.mAPs[other]:.2%})" in str(result)
         assert result.numbers()["cmc"] == result.cmc.tolist() and ("rank10" in result.numbers()) == (most >= 10)
 
 
@@ -103,7 +109,7 @@ def test_average_precision_examples(hits, step, market):
     assert result.mAPs["market"] == pytest.approx(market, abs=5e-5)
 
 
-@pytest.mark.parametrize("hits, wanted", [                       # right answers / rank of the last
+@pytest.mark.parametrize("hits, wanted", [                     # correct matches / rank of the last
     ([1, 1, 1], 1), ([1, 0, 0, 0, 1], 0.4), ([0, 0, 1], 1 / 3), ([1, 0, 1, 0, 0, 0], 2 / 3)])
 def test_inverse_negative_penalty(hits, wanted):
     result = cmc_map([list(range(len(hits)))], [1], hits, [0], [1] * len(hits))
@@ -113,15 +119,19 @@ def test_inverse_negative_penalty(hits, wanted):
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_features_rank_as_their_distances(seed):
+def test_features_rank_as_their_distances(seed, monkeypatch):
     rng = np.random.default_rng(seed)
     problems = (random_problem(1000 * seed + i) for i in range(100))
     _, qp, gp, qc, gc, _, _ = next(p for p in problems if by_definition(p[0], *p[1:5], 5)[2])  # a valid query
     q = torch.nn.functional.normalize(torch.tensor(rng.normal(size=(len(qp), 9))).float(), dim=1)
     g = torch.nn.functional.normalize(torch.tensor(rng.normal(size=(len(gp), 9))).float(), dim=1)
     dense = cmc_map(2 - 2 * (q.double() @ g.double().T), qp, gp, qc, gc)
+    whole = evaluate.negative_similarities
     for chunk in (1, 3, 256):
-        result = rank_features(q, qp, qc, g, gp, gc, chunk=chunk)
+        used = []
+        monkeypatch.setattr(evaluate, "negative_similarities", lambda q, g: used.append(chunk) or whole(q, g, chunk))
+        result = rank_features(q, qp, qc, g, gp, gc)
+        assert used == [chunk]
         np.testing.assert_allclose(result.cmc, dense.cmc, atol=1e-12)
         np.testing.assert_allclose(result.AP, dense.AP, atol=1e-12)
 
@@ -162,7 +172,8 @@ def test_no_valid_query_is_explained():
     with pytest.raises(InputError) as caught:
         cmc_map(np.ones((5, 3)), [1, 1, 2, 8, 9], [1, 2, 3], [0] * 5, [0] * 3)
     text = str(caught.value)
-    assert "of 5 queries, 2 have an id that is not in the gallery, 3 have it only" in text and "--cams none" in text
+    assert "of 5 queries, 2 have an id that is not in the gallery, 3 have it only from the query's own camera" in text
+    assert "--cams none" in text
 
 
 @pytest.mark.parametrize("dist, args", [
@@ -180,6 +191,7 @@ def test_features_must_be_unit_vectors_with_labels():
     for change, words in (({"g_feats": 2 * f}, "gallery features are not of length 1"),
                           ({"q_feats": 1e-4 * f}, "query features are not of length 1"),
                           ({"g_feats": torch.eye(4)}, "gallery features of shape"),
+                          ({"q_feats": f[0]}, "query features of shape"), ({"q_feats": 1.0}, "query features of shape"),
                           ({"q_camids": [0]}, "query has 3 images and 1 cameras"),
                           ({"g_images": [1]}, "1 image numbers")):
         args = dict(q_feats=f, q_pids=[1, 2, 3], q_camids=[0] * 3, g_feats=f, g_pids=[1, 2, 3], g_camids=[1] * 3)
@@ -187,13 +199,16 @@ def test_features_must_be_unit_vectors_with_labels():
             rank_features(**(args | change))
 
 
-def test_integer_distances_keep_their_order():
-    result = cmc_map(np.array([[2 ** 24 + 1, 2 ** 24]]), [1], [2, 1], [0], [1, 1])
-    assert result.cmc[0] == 1
+def test_distances_that_float32_cannot_tell_apart_keep_their_order():
+    for dist in ([[2 ** 24 + 1, 2 ** 24]], [[0.3 + 1e-12, 0.3]]):
+        for kind in (list, np.array, lambda rows: torch.from_numpy(np.array(rows))):
+            assert cmc_map(kind(dist), [1], [2, 1], [0], [1, 1]).cmc[0] == 1
+    needs_gradient = torch.tensor([[2.0, 1.0]], requires_grad=True)
+    assert cmc_map(needs_gradient, [1], [2, 1], [0], [1, 1]).cmc[0] == 1
 
 
 def test_picture_and_metric_agree_on_ties():
-    """A hit closer than TIE to a wrong answer stands behind it, in both."""
+    """A correct match closer than TIE to another person's image stands behind it, in both."""
     angle = torch.acos(torch.tensor([0.5000006, 0.5000004], dtype=torch.float64))
     g = torch.stack([angle.cos(), angle.sin()], dim=1).float()
     q = torch.tensor([[1.0, 0.0]])
@@ -232,11 +247,11 @@ def test_official_good_and_junk_lists_agree():
                       for side, part in (("query", dataset.query), ("gallery", dataset.gallery)))
     assert len(dataset.query) == 3368
     for i, record in enumerate(dataset.query):
-        right, left_out = answers(query[:, i], gallery)
+        correct, left_out = matches_of(query, i, gallery)
         stem = os.path.basename(record.path).split(".")[0]
         good, junk = (set(loadmat(MARKET / "gt_query" / f"{stem}_{kind}.mat")[f"{kind}_index"].flatten().tolist())
                       for kind in ("good", "junk"))
-        assert set(in_listing[right].tolist()) == good
+        assert set(in_listing[correct].tolist()) == good
         own = set(in_listing[left_out].tolist())
         gone = {place[n] for n in listing if n.startswith("-1")}  # junk of pid -1 was dropped on reading
         assert own == {i for i in junk if i not in gone and i <= len(listing)} or (not own and len(junk) == 1)
@@ -250,8 +265,8 @@ def test_model_names_and_outputs():
     assert {k.split(".")[0] for k in model.state_dict()} == {"base", "bottleneck", "classifier"}
     assert not model.bottleneck.bias.requires_grad and model.classifier.bias is None
     x = torch.randn(4, 3, 32, 16)
-    scores, feature = model.train()(x)
-    assert scores.shape == (4, 5) and feature.shape == (4, 12)
+    logits, feature = model.train()(x)
+    assert logits.shape == (4, 5) and feature.shape == (4, 12)
     before = model.eval()(x)
     torch.testing.assert_close(before, model.base(x))
     model.neck_feat = "after"
@@ -281,6 +296,24 @@ def test_extraction_is_independent_of_batches_and_workers(market):
     torch.testing.assert_close(runs[0][0].norm(dim=1), torch.ones(len(dataset.gallery)))
 
 
+def test_a_linear_probe_learns_from_the_features(market):
+    """... which PyTorch would refuse, were they inference tensors."""
+    records = load_dataset("market1501", market).gallery
+    model = torch.nn.Sequential(MeanColour(), torch.nn.Linear(3, 8))
+    features, images = evaluate.extract(model, records, **RECIPE, workers=0)
+    assert not features.requires_grad and not features.is_inference() and not images.is_inference()
+    probe = torch.nn.Linear(8, 8)
+    torch.nn.functional.cross_entropy(probe(features), torch.tensor([r.pid for r in records])).backward()
+    assert probe.weight.grad.abs().sum() > 0
+    features.requires_grad_().sum().backward()                   # and they can be learnt themselves
+    assert torch.equal(features.grad, torch.ones_like(features))
+
+
+def test_no_images_are_one_line():
+    with pytest.raises(InputError, match="^no images, so no features$"):
+        evaluate.extract(MeanColour(), [], **RECIPE, workers=0)
+
+
 def test_unreadable_image_is_named(market):
     broken = market / "query" / "0003_c1s1_005010_00.jpg"
     for content in (b"", b"not an image", broken.read_bytes()[:200]):
@@ -291,8 +324,8 @@ def test_unreadable_image_is_named(market):
                 evaluate.evaluate(MeanColour(), dataset, RECIPE, workers=workers)
             assert str(broken) in str(caught.value) and "\n" not in str(caught.value)
             del caught
-            evaluate.end_workers()  # PyTorch raises a worker's error in a cycle of references, and waits ten seconds
-            gc.collect()            # for its workers when that is collected
+            end_workers()  # PyTorch raises a worker's error in a cycle of references, and waits ten seconds
+            gc.collect()   # for its workers when that is collected
 
 
 def test_not_finite_features_are_an_error(market):
@@ -384,7 +417,7 @@ def textbook_rerank(q, g, k1, k2, lam, flip=None, dtype=np.float64):
 def test_rerank_equals_textbook_and_reference(name, k1, k2):
     golden = Golden(name)
     q, g = golden["query"], golden["gallery"]
-    ours = evaluate.rerank(q, g, k1, k2, 0.3)
+    ours = rerank(q, g, k1, k2, 0.3)
     wanted, D = textbook_rerank(q.numpy(), g.numpy(), k1, k2, 0.3)
     np.testing.assert_allclose(ours, wanted, atol=2e-6)
     # the reference rounds distances to float32 before it ranks them; where two are that close, its order is luck
@@ -406,16 +439,16 @@ def test_rerank_equals_textbook_on_random_problems(seed):
     k1, k2 = int(rng.integers(1, 8)), int(rng.integers(1, 4))
     k2 = min(k2, k1 + 1)
     wanted, _ = textbook_rerank(q.numpy(), g.numpy(), k1, k2, 0.25)
-    np.testing.assert_allclose(evaluate.rerank(q, g, k1, k2, 0.25), wanted, atol=1e-5)
+    np.testing.assert_allclose(rerank(q, g, k1, k2, 0.25), wanted, atol=1e-5)
 
 
 def test_rerank_of_near_duplicates_and_of_galleries_smaller_than_k1():
     torch.manual_seed(0)
     q = F.normalize(torch.randn(4, 8), dim=1)
     for g in (q.repeat(10, 1), F.normalize(q.repeat(3, 1) + 1e-7 * torch.randn(12, 8), dim=1), q[:1], q[:2]):
-        dist = evaluate.rerank(q, g)
+        dist = rerank(q, g)
         assert dist.shape == (4, len(g)) and dist.isfinite().all() and -1e-5 <= dist.min() and dist.max() <= 1 + 1e-5
-    same = evaluate.rerank(q, q.repeat(10, 1), 5, 2)
+    same = rerank(q, q.repeat(10, 1), 5, 2)
     assert (same.argmin(1) % 4 == torch.arange(4)).all()
 
 
@@ -423,17 +456,25 @@ def test_rerank_of_near_duplicates_and_of_galleries_smaller_than_k1():
 def test_rerank_of_a_collapsed_network_is_finite(noise):
     torch.manual_seed(0)
     feats = F.normalize(torch.ones(60, 8) + noise * torch.randn(60, 8), dim=1)
-    dist = evaluate.rerank(feats[:10], feats[10:])
+    dist = rerank(feats[:10], feats[10:])
     assert dist.isfinite().all() and dist.max() <= 1 + 1e-5
 
 
 def test_rerank_in_small_pieces_is_the_same(monkeypatch):
     torch.manual_seed(0)
     x = F.normalize(torch.randn(20, 8)[torch.arange(90) % 20] + 0.3 * torch.randn(90, 8), dim=1)
-    whole = evaluate.rerank(x[:30], x[30:], 6, 3, 0.3)
+    whole = rerank(x[:30], x[30:], 6, 3, 0.3)
+    module, used = extra.rerank, []
+    usual = {name: getattr(module, name) for name in ("nearest", "squared_distances")}
     for chunk in (1, 7):
-        pieces = np.stack(list(evaluate.reranked_rows(x[:30], x[30:], 6, 3, 0.3, chunk)))
-        torch.testing.assert_close(torch.from_numpy(pieces), whole)
+        for name, function in usual.items():
+            def in_pieces(*args, function=function):
+                used.append(function.__name__)
+                return function(*args, chunk=chunk)
+
+            monkeypatch.setattr(module, name, in_pieces)
+        torch.testing.assert_close(rerank(x[:30], x[30:], 6, 3, 0.3), whole)
+    assert used == 2 * ["nearest", "squared_distances"]
 
 
 def test_rank_features_with_rerank_ranks_the_reranked_distances():
@@ -443,6 +484,6 @@ def test_rank_features_with_rerank_ranks_the_reranked_distances():
     cams = torch.randint(4, (150,))
     args = feats[:30], pids[:30], cams[:30], feats[30:], pids[30:], cams[30:]
     result = evaluate.rank_features(*args, rerank=True)
-    wanted = evaluate.cmc_map(evaluate.rerank(feats[:30], feats[30:]), pids[:30], pids[30:], cams[:30], cams[30:])
+    wanted = evaluate.cmc_map(rerank(feats[:30], feats[30:]), pids[:30], pids[30:], cams[:30], cams[30:])
     assert result.mAP == pytest.approx(wanted.mAP, abs=1e-6) and np.allclose(result.cmc, wanted.cmc)
     assert result.mAP > evaluate.rank_features(*args).mAP       # clustered features gain by it

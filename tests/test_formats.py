@@ -18,9 +18,10 @@ import torch
 
 import upreid
 from data import IMAGENET_MEAN
-from data import InputError
-from evaluate import (ARCHS, ReIDModel, build_backbone, load_model, load_weights, read_checkpoint, read_weights)
+from evaluate import ARCHS, ReIDModel, build_backbone, load_model, load_weights
 from extra import formats
+from extra.files import InputError
+from extra.formats import read_checkpoint, read_weights
 
 
 def inspect(path):
@@ -141,7 +142,7 @@ def test_every_format_loads_and_can_be_evaluated(tmp_path, name):
     assert list(recipe["mean"]) == wanted
 
 
-def test_the_bottleneck_of_foreign_models_is_read(tmp_path):
+def test_the_bottleneck_of_third_party_models_is_read(tmp_path):
     content = transreid(vit())
     model, recipe = load_model(save(tmp_path, content))
     assert recipe["neck_feat"] == "before" and model.classifier.out_features == 9
@@ -270,6 +271,7 @@ def test_a_fine_tuned_model_without_classifier_is_whole(tmp_path):
     del own["model"]["classifier.weight"], whole["classifier.weight"]
     for content in (own, whole):
         model, recipe = load_model(save(tmp_path, content))
+        assert isinstance(model.classifier, torch.nn.Identity) and isinstance(model, ReIDModel)
         model.neck_feat = "after"
         with torch.no_grad():
             torch.testing.assert_close(model(x), wanted(x))
@@ -396,7 +398,7 @@ def test_memory_that_cannot_be_had_is_not_called_damage(tmp_path, monkeypatch):
 
 
 def test_stride_and_neck_of_fine_tuned_resnets(tmp_path):
-    """Ours say theirs; of foreign ones bag of tricks ranks behind the neck."""
+    """Ours say theirs; of third-party ones bag of tricks ranks behind the neck."""
     model = ReIDModel(build_backbone("resnet_tiny", last_stride=2), 9, "before")
     recipe = {"arch": "resnet_tiny", "size": [64, 32], "last_stride": 2, "neck_feat": "before", "mean": [0.5] * 3,
               "std": [0.5] * 3}
@@ -462,7 +464,7 @@ def test_inspect_shows_the_arguments_of_a_training_file(tmp_path):
     ((256, 128), 16, ""), ((384, 128), 16, "24x8 -> 16x8"), ((256, 128), 12, "21x10 -> 16x8"),
     ((224, 224), 16, "14x14 -> 16x8"), ((128, 64), 16, "8x4 -> 16x8"), ((192, 96), 16, "12x6 -> 16x8"),
     ((48, 48), 16, "3x3 -> 16x8"), ((224, 224), 12, "18x18 -> 16x8")])
-def test_position_grids_of_foreign_files(tmp_path, size, stride, words):
+def test_position_grids_of_third_party_files(tmp_path, size, stride, words):
     """Sizes in use are recognised by the number of patches; others are square or twice as tall as wide."""
     source = build_backbone("vit_mini", size, stride=stride)
     path = save(tmp_path, source.state_dict())

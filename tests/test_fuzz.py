@@ -1,4 +1,4 @@
-"""Bytes, names and lists that nobody meant to write: a right answer or one line of InputError, nothing else.
+"""Bytes, names and lists that nobody meant to write: a correct result or one line of InputError, nothing else.
 
 Seeded random cases; FUZZ=1000 in the environment tries so many of each kind instead of the usual number.
 """
@@ -17,11 +17,12 @@ import torch
 from conftest import write_image
 from PIL import Image
 
-import evaluate
-from data import InputError, Record, load_dataset, read_image
-from evaluate import ReIDModel, build_backbone, load_model, load_weights, read_weights
-from extra import formats, pictures
-from train import Run
+from data import Record, load_dataset
+from evaluate import ReIDModel, build_backbone, load_model, load_weights
+from extra import formats, photos, pictures
+from extra.files import InputError, read_image
+from extra.formats import read_weights
+from extra.runs import Run
 
 CASES = int(os.environ.get("FUZZ", 150))
 
@@ -201,7 +202,7 @@ def test_files_of_a_run(tmp_path):
             (tmp_path / file).write_bytes(content)
         for _ in range(CASES):
             (tmp_path / name).write_bytes(damaged(rng, whole[name]))
-            assert isinstance(evaluate.explain_similarity(str(tmp_path / "model.pth")), str)
+            assert isinstance(photos.explain_similarity(str(tmp_path / "model.pth")), str)
             try:
                 Run(tmp_path, {"lr": 0.1, "size": (64, 32)})
                 pictures.draw_curves(tmp_path / "curves.png", [str(tmp_path)])

@@ -3,18 +3,22 @@
 import json
 import re
 import shutil
+import sys
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import write_image
+from conftest import ROOT, write_image
 from PIL import Image
 
 import evaluate
-from data import InputError, Record, load_dataset
+from data import Record, load_dataset
 from evaluate import ReIDModel, build_backbone
+from extra import photos as own_photos
 from extra import pictures
+from extra.files import InputError
 from personvit import VisionTransformer
 
 
@@ -84,7 +88,7 @@ def test_evaluated_in_float32_on_a_cpu_unless_asked(weights, photos, monkeypatch
         content["recipe"]["bf16"] = trained
     torch.save(content, weights)
     seen = []
-    monkeypatch.setattr(evaluate, "extract", lambda *args, bf16, **_: seen.append(bf16) or (torch.eye(2), None))
+    monkeypatch.setattr(own_photos, "extract", lambda *args, bf16, **_: seen.append(bf16) or (torch.eye(2), None))
     run("--compare", photos / "deep" / "p00.png", photos / "deep" / "p01.png", "--weights", weights, "--device",
         "cpu", *flags)
     assert seen == [used]
@@ -272,13 +276,36 @@ def test_ticks_enclose_and_are_few(low, high):
     (["--dataset", "x", "--weights", "w", "--ranks", "r.jpg"], "the file is a PNG"),
     (["--dataset", "x", "--extract", "d", "--weights", "w"], "not allowed with"), ([], "required"),
     (["--compare", "a", "b", "--weights", "w", "--rerank"], "goes with --dataset"),
-    (["--inspect", "a", "--ranks", "r.png"], "goes with --dataset or --query"), (["--dataset", "", "--weights", "w"], "empty"),
+    (["--inspect", "a", "--ranks", "r.png"], "goes with --dataset or --query"), (["--dataset", "", "--weights", "w"], "must be a name"),
+    (["--dataset", "x", "--weights", "w", "--batch-size", "0"], "--batch-size 0: must be more than 0, at most 65536"),
+    (["--dataset", "x", "--weights", "w", "--batch-size", "65537"], "at most 65536"),
+    (["--dataset", "x", "--weights", "w", "--workers", "-1"], "--workers -1: must be at least 0"),
+    (["--dataset", "x", "--weights", "w", "--device", "tpu"], "is none of what is here: cpu"),
+    (["--extract", "d", "-o", "o.npy", "--weights", "w"], "the file is a NPZ"),
     (["--dataset", "x", "--weights", "w", "--ranks", "no/r.png"], "its folder is absent"),
     (["--dataset", "x", "--weights", "w", "--ranks", "r.png", "--clusters", "r.png"], "into one file")])
 def test_mistakes_on_the_command_line(args, words, capsys):
     with pytest.raises(SystemExit):
         evaluate.parse_args(args)
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["evaluate", "train", "data", "extra.study", "extra.bench"])
+def test_scripts_without_docstrings(name, weights, monkeypatch, capsys):
+    """PYTHONOPTIMIZE=2 strips them, as images of containers set it: nothing that is shown may need one."""
+    file = ROOT / f"{name.replace('.', '/')}.py"
+    script = ModuleType("stripped")
+    script.__file__ = str(file)
+    monkeypatch.setitem(sys.modules, "stripped", script)
+    exec(compile(file.read_text(), str(file), "exec", optimize=2), script.__dict__)
+    assert script.__doc__ is None and script.main.__doc__ is None
+    monkeypatch.setattr(sys, "argv", [name, "-h"])
+    with pytest.raises(SystemExit, match="0"):
+        script.main()
+    assert "usage: " in capsys.readouterr().out
+    if name == "evaluate":
+        script.main(["--inspect", str(weights)])
+        assert "model of this project" in capsys.readouterr().out
 
 
 def test_similarity_ranges():

@@ -10,11 +10,13 @@ import torch
 from conftest import command, market_tree, write_image
 from PIL import Image
 
-from data import Dataset, InputError, Record, load_dataset, some_identities
+from data import Dataset, Record, load_dataset, some_identities
 from evaluate import build_backbone
 from extra import study
+from extra.files import InputError
+from extra.runs import Runtime
 from personvit import PersonViTRecipe
-from train import Machine, Recipe
+from train import Recipe
 from upreid import UPReIDRecipe
 
 TINY = {
@@ -66,7 +68,7 @@ def test_rows(tiny, name, rows, trained, shares):
         assert (r.recipe.seed, r.recipe.size, r.recipe.epochs) == (3, (32, 16), 2)
         assert r.before is None or (r.before.seed, r.before.size, r.before.epochs) == (
             3, (32, 16), 3)
-        assert r.before is None or isinstance(r.before, study.METHODS[r.method][0])
+        assert r.before is None or isinstance(r.before, study.METHODS[r.method])
         assert all(q.recipe == r.recipe for q in got if q.group == r.group)
         assert r.recipe.ids <= r.recipe.labelled * 40
     assert {r.recipe.labelled for r in got} == shares
@@ -90,7 +92,7 @@ def test_networks_for_one_gpu_come_with_their_recipes():
         lr = {"vit_small": 3e-4, "resnet50": 1e-3}[r.recipe.arch]
         assert r.recipe == dataclasses.replace(usual, size=(256, 128), lr=lr, **kept)
         assert r.recipe.ids <= usual.ids
-        usual = study.METHODS[r.method][0].preset("market1501", r.recipe.arch)
+        usual = study.METHODS[r.method].preset("market1501", r.recipe.arch)
         assert r.before in (None, dataclasses.replace(usual, bf16=False, seed=0))
     rows = study.rows_of("few-shot", market, 0, GIVEN | {"arch": ["vit_small"]})
     assert {r.recipe.arch for r in rows} == {"vit_small", "resnet_tiny"}  # the other stays small
@@ -113,7 +115,7 @@ def test_a_study_from_nothing_to_its_table(tiny, dataset, tmp_path, capsys, monk
     few = study.variants("upreid", {"U1, instance contrast (MoCo v2)": dict(weight_global=0.0),
                                     "UP-ReID": {}})
     monkeypatch.setitem(study.STUDIES, "upreid", few)
-    study.study("upreid", dataset, [0, 1], GIVEN, tmp_path, False, Machine(workers=0))
+    study.study("upreid", dataset, [0, 1], GIVEN, tmp_path, False, Runtime(workers=0))
     first = capsys.readouterr().out
     for row in study.STUDIES["upreid"](dataset, 0, GIVEN):
         line = rf"^  resnet_tiny, {re.escape(row.origin)} .*\+-"
@@ -124,7 +126,7 @@ def test_a_study_from_nothing_to_its_table(tiny, dataset, tmp_path, capsys, monk
     picture = Image.open(tmp_path / "upreid.png")
     assert picture.width > 400 and len(picture.getcolors(100_000)) > 5
     # once more: nothing is trained again, the table is the same
-    study.study("upreid", dataset, [0, 1], GIVEN, tmp_path, False, Machine(workers=0))
+    study.study("upreid", dataset, [0, 1], GIVEN, tmp_path, False, Runtime(workers=0))
     again = capsys.readouterr().out
     assert '"step"' in first and '"step"' not in again and again.count("is finished; --overwrite") == 6
     tables = [text[text.rindex("\nmarket"):].splitlines()[:6] for text in (first, again)]
@@ -133,7 +135,7 @@ def test_a_study_from_nothing_to_its_table(tiny, dataset, tmp_path, capsys, monk
 
 
 def test_one_pretraining_serves_all_epochs(tiny, dataset, tmp_path):
-    study.study("epochs", dataset, [0], GIVEN | {"pretrain_epochs": 2}, tmp_path, False, Machine(workers=0))
+    study.study("epochs", dataset, [0], GIVEN | {"pretrain_epochs": 2}, tmp_path, False, Runtime(workers=0))
     (folder,) = {p.parent for p in tmp_path.glob("*_pretraining/recipe.json")}
     assert {p.name for p in folder.glob("backbone_e*")} == {"backbone_e0001.pth", "backbone_e0002.pth"}
     starts = {json.loads(p.read_text())["weights"] for p in tmp_path.glob("vit_mini_*/recipe.json")}
@@ -156,11 +158,11 @@ def test_fewer_images_are_seen_in_as_many_steps(tiny):
 def test_initialisation_starts_from_given_weights(tiny, dataset, tmp_path):
     with pytest.raises(InputError, match="w.pth: no such weights file"):     # before anything is trained
         study.study("initialisation", dataset, [0], GIVEN | {"weights": str(tmp_path / "w.pth")}, tmp_path / "out", False,
-                    Machine(workers=0))
+                    Runtime(workers=0))
     assert not (tmp_path / "out").exists()
     torch.save(build_backbone("vit_mini", (64, 32)).state_dict(), tmp_path / "w.pth")
     study.study("initialisation", dataset, [0], GIVEN | {"weights": str(tmp_path / "w.pth")}, tmp_path / "out", False,
-                Machine(workers=0))
+                Runtime(workers=0))
     starts = {p.parent.name: json.loads(p.read_text())["weights"] for p in (tmp_path / "out").glob("*/recipe.json")}
     given = {name for name, start in starts.items() if start and start.startswith("w.pth")}
     assert given == {"PersonViT_from_given_weights_0_pretraining", "vit_mini_given_weights_0"} and len(starts) == 6
@@ -173,13 +175,13 @@ def test_evidence_says_beforehand_how_long_it_takes(tiny, dataset, tmp_path, cap
     rows = study.STUDIES["evidence"](dataset, 0, GIVEN)
     assert [(r.origin, r.before and r.before.epochs, r.recipe.epochs) for r in rows] == [
         ("random weights", None, 20), ("PersonViT", 25, 20)]
-    study.say_how_long(rows, dataset, Machine(workers=0))                    # (20 + 25 + 20) x 16 images at 2 a second
-    assert "about 9 minutes here" in capsys.readouterr().out and asked == ["personvit", "fine-tuning"]
+    study.say_how_long(rows, dataset, Runtime(workers=0))                    # (20 + 25 + 20) x 16 images at 2 a second
+    assert "about 9 minutes here" in capsys.readouterr().out and asked == ["personvit", ""]
     # each at two learning rates: nobody is pre-trained for it once more
     twice = study.rows_of("evidence", dataset, 0, GIVEN | {"rates": [1e-3, 0.002]})
     assert [(r.group, r.recipe.lr) for r in twice] == [("vit_mini, rate 0.001", 1e-3)] * 2 + [("vit_mini, rate 0.002", 2e-3)] * 2
     assert [dataclasses.replace(r, rate="", recipe=rows[0].recipe) for r in twice] == 2 * rows
-    study.say_how_long(twice, dataset, Machine(workers=0))                   # (25 + 4 x 20) x 16 images
+    study.say_how_long(twice, dataset, Runtime(workers=0))                   # (25 + 4 x 20) x 16 images
     assert "about 14 minutes here" in capsys.readouterr().out
 
 
@@ -201,7 +203,7 @@ def test_table_means_spreads_and_pairs(capsys):
 def test_demo_says_what_it_shows_and_draws_the_rank_list_of_the_best(tiny, tmp_path, capsys):
     dataset = load_dataset("market1501", market_tree(tmp_path / "data", ids=20, images=2))
     given = GIVEN | {"pretrain_epochs": 1}
-    study.study("demo", dataset, [3], given, tmp_path, False, Machine(workers=0))
+    study.study("demo", dataset, [3], given, tmp_path, False, Runtime(workers=0))
     out = capsys.readouterr().out
     assert "\nmarket1501, 20 queries; seed 3; labelled: 10%, 30% of the identities\n" in out
     assert {"colour histogram", "resnet_tiny"} <= set(re.findall(r"no training, (\w+(?: \w+)?)  ",
@@ -240,8 +242,8 @@ def test_mistakes_are_found_before_anything_is_trained(tmp_path, capsys):
             (["few-shot"], "--labelled: 2 people at least, 10.0% of 4 are 0"),
             (["few-shot", "--dataset", "market"], "did you mean market1501"),
             (["data"], "--batch 1 cannot be shared evenly"),               # 3 % of so few images
-            (["demo", "--dataset", str(tmp_path / "crops")], "no query has an answer by another camera"),
-            (["demo", "--dataset", str(tmp_path / "one")], "no query has an answer by another camera")):
+            (["demo", "--dataset", str(tmp_path / "crops")], "no query has a correct match from another camera"),
+            (["demo", "--dataset", str(tmp_path / "one")], "no query has a correct match from another camera")):
         with pytest.raises(InputError, match=words):
             study.main([args[0], *usual, *args[1:]])
         assert not list(tmp_path.glob("out/*"))

@@ -14,15 +14,15 @@ from conftest import ROOT, write_image
 from PIL import Image
 
 import evaluate
-from data import InputError, Record, command_line, read_image
-from evaluate import make_loader
+from data import InputError, Record, make_loader
+from extra.files import command_line, read_image
 
 SCRIPT = """
 import os, signal, sys, time
 sys.path.insert(0, {root!r})
 import torch
-from data import InputError, command_line
-from evaluate import make_loader
+from data import InputError, make_loader
+from extra.files import command_line
 
 
 def collate(items):
@@ -201,6 +201,9 @@ LIMITS = [
     (OSError(24, "Too many open files"), "ulimit -n"),
     (RuntimeError("received 0 items of ancillary data"), "ulimit -n"),
     (RuntimeError("can't start new thread"), "ulimit -u"),
+    (RuntimeError("The server socket has failed to listen on any local network address. port: 29500, useIpv6: false, code: -98, name: "
+                  "EADDRINUSE, message: address already in use"), "torchrun --master-port"),
+    (OSError(98, "Address already in use"), "another run has this port"),
     (RuntimeError("Failed to find C compiler. Please specify via CC environment variable or set triton.knobs.build.impl."),
      "--no-compile"), (RuntimeError("InvalidCxxCompiler: No working C++ compiler found in torch._inductor"), "--no-compile"),
     (RuntimeError("CUDA error: invalid device ordinal\nGPU device may be out of range, do you have enough GPUs?\n"),

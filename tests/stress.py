@@ -22,7 +22,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-import train
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train  # noqa: E402  (it is found through the line above)
 
 COMMON = ["--size", "64x32", "--epochs", "4", "--save-every", "1", "--drop-path", "0.2"]
 RUNS = {"fine-tuning": ["--arch", "vit_mini", "--ids", "4", "--images", "2", *COMMON],
@@ -197,7 +200,9 @@ def kill_often(kind: str, folder: Path, kills: int, seed: int = 0) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python tests/stress.py",
+                                     description="Kill trainings at random moments, go on, "
+                                                 "compare with one left alone.")
     parser.add_argument("--kills", type=int, default=20, help="of each training")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args()
