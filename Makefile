@@ -33,7 +33,7 @@ demo: $(SETUP)  ## synthetic people: draw, pre-train, fine-tune, evaluate, rank 
 study: $(SETUP)  ## does pre-training help? STUDY=few-shot upreid personvit epochs data initialisation; five seeds, hours
 	$(PYTHON) -m extra.study $(STUDY) --dataset "$(DATASET)" --data-root "$(DATA_ROOT)" $(FLAGS)
 
-evidence: $(SETUP)  ## ... of ViT-S, on a GPU: DATASET=market1501; says how long it takes, goes on after a stop
+evidence: $(SETUP)  ## ... of ViT-S, on a GPU: DATASET=market1501; goes on after a stop
 	$(PYTHON) -m extra.study evidence --dataset "$(DATASET)" --data-root "$(DATA_ROOT)" $(FLAGS)
 
 test: $(SETUP)  ## all tests, on the CPU, in two processes at a time

@@ -31,7 +31,7 @@ import math
 import os
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,7 +65,8 @@ class Record(NamedTuple):
 
 @dataclass
 class Dataset:
-    """Three lists of records. has_cameras: False when each image counts as its own camera."""
+    """Three lists of records. has_cameras: False when each image counts as its own camera. people:
+    who query and gallery show."""
 
     name: str
     root: Path
@@ -74,6 +75,7 @@ class Dataset:
     gallery: Sequence[Record]
     has_cameras: bool = True
     note: str = ""
+    people: str = "the test set"
 
     def fingerprint(self) -> str:
         """Changes with the images' names and identities, not with the place of the folder."""
@@ -227,6 +229,42 @@ def some_identities(records: list[Record], share: float, seed: int) -> list[Reco
     return relabel([record for record in records if record.pid in kept])
 
 
+def hold_out(dataset: Dataset, n: int) -> Dataset:
+    """The dataset with n training people taken out of training, who become its query and gallery:
+    choices that are made on them are not made on the test set.
+
+    They are sampled, by a seed that is always the same, from those with images from two cameras.
+    Queries are one image from each of their cameras (cameras unknown: one image), the gallery is
+    the rest. Raises InputError if there are fewer.
+    """
+    cameras = {}  # identity -> camera -> images
+    for record in dataset.train:
+        if record.pid >= 0:  # else nobody knows whom it shows
+            cameras.setdefault(record.pid, {}).setdefault(record.camid, []).append(record)
+    able = [pid for pid in sorted(cameras) if len(cameras[pid]) > 1]
+    if len(able) < n:
+        raise InputError(f"--held-out {n}: of the people to train on {len(able)} have images from "
+                         f"two cameras")
+    random.Random(0).shuffle(able)  # so that a smaller n is a part of a larger one
+    held = set(able[:n])
+    rng = random.Random(1)
+    query = []
+    for pid in sorted(held):
+        shots = list(cameras[pid].values())
+        if not dataset.has_cameras:  # each image counts as its own camera
+            shots = shots[:1]
+        query += [rng.choice(images) for images in shots]
+    train = []
+    gallery = []
+    for record in dataset.train:
+        if record.pid not in held:
+            train.append(record)
+        elif record not in query:
+            gallery.append(record)
+    people = f"{n} held-out training people of {dataset.root.name}"
+    return replace(dataset, train=relabel(train), query=query, gallery=gallery, people=people)
+
+
 def describe(dataset: Dataset) -> str:
     """Counts of each split beside the published ones, a loud line for every difference, and how one
     name was read."""
@@ -288,7 +326,7 @@ class Images(torch.utils.data.Dataset):
         params = []
         pids = []
         replaced = []
-        more: dict[str, list[Tensor]] = {}
+        more = {}  # name -> a tensor of each image
         for step, place, index in batch:
             image, used = self.read_or_replace(index)
             images.append(image)
@@ -321,8 +359,8 @@ class Images(torch.utils.data.Dataset):
         except InputError as error:
             broken = error
         pid = self.records[index].pid
-        same: list[int] = []  # the nearest in the list come first
-        others: list[int] = []
+        same = []  # indices; the nearest in the list come first
+        others = []
         for distance in range(1, min(len(self.records), 1000)):
             other = (index + distance) % len(self.records)
             if self.records[other].pid == pid:
@@ -337,7 +375,8 @@ class Images(torch.utils.data.Dataset):
 
 def make_loader(dataset, batches, num_workers: int, collate=dict) -> torch.utils.data.DataLoader:
     """A DataLoader that yields collate(what the dataset gives) for each list of indices in
-    `batches`, in their order, made by worker processes (0: by this one)."""
+    `batches`, in their order, made by worker processes (0: by this one). collate=dict leaves the
+    batches of `Images` as they are."""
     workers.end_workers_at_exit()
     return torch.utils.data.DataLoader(
         dataset, batch_sampler=batches, num_workers=num_workers,
@@ -373,7 +412,7 @@ class PKSampler:
         self.epoch = 0
         self.rank = rank
         self.world = world
-        self.members: dict[int, list[int]] = {}  # identity -> indices of its images
+        self.members = {}  # identity -> indices of its images
         for index, pid in enumerate(pids):
             self.members.setdefault(int(pid), []).append(index)
         least = max(num_ids, 2)  # a triplet needs another person
@@ -396,7 +435,7 @@ class PKSampler:
         first = self.rank * share
         for batch in range(self.length):
             chosen = self.choose(groups, self.length - batch, rng)
-            images: list[int] = []
+            images = []
             for pid in chosen:
                 if not groups[pid]:
                     groups[pid] = self.shuffled_groups(pid, rng)[:1]
@@ -649,19 +688,17 @@ def colour_jitter(x: Tensor, brightness, contrast, saturation, turn) -> Tensor:
 def blur(x: Tensor, sigma: Tensor) -> Tensor:
     """Gaussian blur of images (n, 3, h, w) by sigma (n, 1, 1, 1) in pixels, 0 = none. At the border
     the weights of the pixels that exist sum to 1 [ours]."""
-    h, w = x.shape[2:]
-    blurred = blur_matrix(sigma, h) @ x @ blur_matrix(sigma, w).mT           # (n, 3, h, w)
+    matrices = []
+    for n in x.shape[2:]:
+        pixel = torch.arange(n, device=x.device)
+        weight = torch.exp(-0.5 * (pixel / sigma.clamp(min=0.1)) ** 2)       # (n, 1, 1, h)
+        distance = (pixel[:, None] - pixel).abs()                            # (h, h)
+        matrix = weight[:, 0, 0].index_select(1, distance.flatten())         # weight[|i - j|]
+        matrix = matrix.view(-1, 1, n, n)                                    # (n, 1, h, h)
+        matrices.append(matrix / matrix.sum(-1, keepdim=True))
+    rows, columns = matrices
+    blurred = rows @ x @ columns.mT                                          # (n, 3, h, w)
     return torch.where(sigma > 0, blurred, x)
-
-
-def blur_matrix(sigma: Tensor, n: int) -> Tensor:
-    """Weights of n pixels for each of n: sigma (B, 1, 1, 1) -> (B, 1, n, n), rows summing to 1."""
-    pixel = torch.arange(n, device=sigma.device)
-    weight = torch.exp(-0.5 * (pixel / sigma.clamp(min=0.1)) ** 2)           # (B, 1, 1, n)
-    distance = (pixel[:, None] - pixel).abs()                                # (n, n)
-    matrix = weight[:, 0].index_select(-1, distance.flatten())               # (B, 1, n n)
-    matrix = matrix.unflatten(-1, (n, n))                                    # weight[|i - j|]
-    return matrix / matrix.sum(-1, keepdim=True)
 
 
 PAD = 10  # black pixels around an image that is fine-tuned on [PersonViT code]
@@ -747,7 +784,7 @@ class MultiCrop:
         return views
 
     def draw_view(self, rng, scale: Range, blur: float, solarize: float = 0.0) -> list[float]:
-        """Probabilities of blur and solarisation -> 12 numbers, as `render` names them."""
+        """Probabilities of blur and solarisation -> 12 numbers, as `__call__` names them."""
         colours = [1, 1, 1, 0]
         if rng.random() < 0.8:
             colours = [
@@ -765,25 +802,23 @@ class MultiCrop:
 
     def __call__(self, images: Tensor, params: Tensor) -> dict[str, Tensor]:
         """params (B, 2 + L, 12), on the images' device."""
-        x = images.float() / 255
-        return {"globals": self.render(x, params[:, :2], self.size),
-                "locals": self.render(x, params[:, 2:], self.local_size)}
-
-    def render(self, x: Tensor, params: Tensor, size: Size) -> Tensor:
-        """V views of images (B, 3, H, W) in [0, 1], params (B, V, 12) -> (V, B, 3, *size)."""
-        B, V, _ = params.shape
-        params = params.transpose(0, 1).flatten(0, 1)                        # (V B, 12)
-        x = x.repeat(V, 1, 1, 1)                                             # (V B, 3, H, W)
-        per_image = params.T[:, :, None, None, None]                         # 12 of (V B, 1, 1, 1)
-        flip, colourless, sigma, solarize = per_image[8:]
-        x = crop_resize(x, params[:, :4], flip[..., 0], size)                # (V B, 3, *size)
-        x = colour_jitter(x, *per_image[4:8])
-        x = torch.where(colourless > 0, grey(x), x)
-        x = blur(x, sigma)
-        inverted = (solarize > 0) & (x >= 0.5)
-        x = torch.where(inverted, 1 - x, x)
-        x = normalize(x, self.mean, self.std)
-        return x.unflatten(0, (V, B))
+        views = {}
+        kinds = (("globals", params[:, :2], self.size), ("locals", params[:, 2:], self.local_size))
+        for name, params, size in kinds:
+            B, V, _ = params.shape
+            params = params.transpose(0, 1).flatten(0, 1)                    # (V B, 12)
+            per_image = params.T[:, :, None, None, None]                     # 12 of (V B, 1, 1, 1)
+            flip, colourless, sigma, solarize = per_image[8:]
+            x = (images.float() / 255).repeat(V, 1, 1, 1)                    # (V B, 3, H, W)
+            x = crop_resize(x, params[:, :4], flip[..., 0], size)            # (V B, 3, *size)
+            x = colour_jitter(x, *per_image[4:8])
+            x = torch.where(colourless > 0, grey(x), x)
+            x = blur(x, sigma)
+            inverted = (solarize > 0) & (x >= 0.5)
+            x = torch.where(inverted, 1 - x, x)
+            x = normalize(x, self.mean, self.std)
+            views[name] = x.unflatten(0, (V, B))                             # (V, B, 3, *size)
+        return views
 
 
 class ContrastViews:

@@ -295,6 +295,19 @@ class ReIDModel(nn.Module):
         return feature
 
 
+def resize_positions(file: dict, backbone: nn.Module) -> tuple[dict[str, Tensor], str]:
+    """Tensors of a file's backbone, position embeddings resized to the backbone's grid if it has
+    another, and a text that says so."""
+    there = file["grid"]
+    here = getattr(backbone, "grid", None)
+    if not there or not here or there == here:
+        return file["base"], ""
+    pos = file["base"]["pos_embed"].float()                                  # (1, 1 + N, D)
+    pos = personvit.resize_pos_embed(pos, there, here)
+    resized = "; pos_embed resized {}x{} -> {}x{}".format(*there, *here)
+    return file["base"] | {"pos_embed": pos}, resized
+
+
 def load_weights(path: str | Path, backbone: nn.Module) -> str:
     """Fill a backbone from a weights file and say what was done; it is filled wholly or not at all.
 
@@ -303,39 +316,36 @@ def load_weights(path: str | Path, backbone: nn.Module) -> str:
     """
     from extra import formats
     file = formats.read_weights(path)
-    state = file["base"]
-    there = file["grid"]
-    here = getattr(backbone, "grid", None)
-    resized = ""
-    if there and here and there != here:
-        pos = state["pos_embed"].float()                                     # (1, 1 + N, D)
-        state = state | {"pos_embed": personvit.resize_pos_embed(pos, there, here)}
-        resized = "; pos_embed resized {}x{} -> {}x{}".format(*there, *here)
+    state, resized = resize_positions(file, backbone)
     return formats.fill(backbone, state, path, file) + resized
 
 
-def load_model(path: str | Path) -> tuple[nn.Module, dict]:
+def load_model(path: str | Path, /, **given) -> tuple[nn.Module, dict]:
     """A model to evaluate, and how to use it: its recipe, {"arch", "size", "mean", "std",
     "neck_feat", ...}.
 
     A fine-tuned model (ours, TransReID's, PersonViT's) comes with its BNNeck; a pre-trained
-    backbone gives its frozen feature. Raises InputError as `load_weights` does.
+    backbone gives its frozen feature. What a file does not say is assumed, and printed; given
+    changes it, as load_model(path, last_stride=2, norm="half"): see `formats.use_as`. Raises
+    InputError as `load_weights` does.
     """
     from extra import formats
-    file = formats.read_weights(path)
-    recipe, state, neck = file["recipe"], file["base"], file["neck"]
+    file = formats.read_weights(path, formats.check_settings(given))
+    recipe, neck = file["recipe"], file["neck"]
     if recipe["arch"] not in ARCHS:
         raise InputError(f"{path}: its network, {recipe['arch']}, is none that can be evaluated "
                          f"here, {', '.join(ARCHS)}; nothing was loaded")
     model = build_backbone(recipe["arch"], tuple(recipe["size"]), stride=recipe["stride"],
                            last_stride=recipe["last_stride"])
+    state, resized = resize_positions(file, model)
     if neck:
         classifier = neck.get("classifier.weight", torch.empty(1, model.embed_dim))
         model = ReIDModel(model, classifier.numel() // model.embed_dim, recipe["neck_feat"])
         if "classifier.weight" not in neck:  # ranking needs none
             model.classifier = nn.Identity()
         state = {f"base.{name}": tensor for name, tensor in state.items()} | neck
-    print(formats.fill(model, state, path, file))
+    print(formats.fill(model, state, path, file, "not all of ") + resized)
+    print(f"{recipe['arch']} {formats.usage(file)}")
     return model.eval(), recipe
 
 
@@ -366,11 +376,12 @@ def file_number(path: str) -> int:
 @torch.compiler.set_stance("force_eager")  # the last batch has a shape of its own
 def extract(model: nn.Module, records: list[Record], size: tuple[int, int], mean, std,
             batch_size: int = 128, workers: int = 2, device: str = "cpu", bf16: bool = False,
-            rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
+            rank: int = 0, world: int = 1, flip: bool = False) -> tuple[Tensor, Tensor]:
     """L2-normalised features (N, D) in float32 and image numbers (N,): equal bytes, equal number.
 
-    Each process takes every world-th batch, and all return all features. Raises InputError, naming
-    the file, for an unreadable image or a feature that is not finite; and for no images.
+    flip: the sum of an image's feature and its mirror image's, normalised. Each process takes every
+    world-th batch, and all return all features. Raises InputError, naming the file, for an
+    unreadable image or a feature that is not finite; and for no images.
     """
     if not records:
         raise InputError("no images, so no features")
@@ -381,8 +392,10 @@ def extract(model: nn.Module, records: list[Record], size: tuple[int, int], mean
     for images, numbers in make_loader(records, batches[rank::world], workers, collate):
         x = normalize(images.to(device, non_blocking=True), mean, std)       # (B, 3, H, W)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
-            feature = model(x)                                               # (B, D)
-        feature = F.normalize(feature.float(), dim=1).cpu()
+            feature = model(x).float()                                       # (B, D)
+            if flip:
+                feature = feature + model(x.flip(3)).float()
+        feature = F.normalize(feature, dim=1).cpu()
         # a copy: what comes from a worker holds an open file as long as it lives
         done.append((feature, numbers.clone()))
     parts = [done]
@@ -445,19 +458,95 @@ def rank_splits(q: Features, g: Features, ap: str, rerank: bool = False) -> Rank
                          rerank=rerank, q_images=q.images, g_images=g.images)
 
 
-def similarity_ranges(q: Features, g: Features, most: int = 500) -> dict[str, list[float]]:
-    """5 %, 50 % and 95 % quantiles of the cosine similarity of pairs from different cameras, of the
-    same person and of others; from at most `most` queries."""
-    some = torch.linspace(0, len(q.pids) - 1, min(len(q.pids), most)).long()
-    similarity = q.feats[some] @ g.feats.T                                   # (most, G)
-    same = q.pids[some, None] == g.pids
-    apart = q.camids[some, None] != g.camids
-    found = {}
-    for name, pairs in (("same", same & apart), ("other", ~same & apart)):
-        if pairs.any():
-            quantiles = np.quantile(similarity[pairs], [0.05, 0.5, 0.95])
-            found[name] = quantiles.round(3).tolist()
-    return found
+# ---------------------------------------------------------------------------------------------
+# Verification: do two images show one person?
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Verification:
+    """A pair of images is accepted as one person's if its cosine similarity is at least t.
+
+    threshold: the t at which both error rates differ least, that is false_reject, the share of the
+    same_pairs (of one person) that are not accepted, and false_accept, the share of the other_pairs
+    that are; eer: their mean. accepted: the share of same_pairs accepted by the smallest t that
+    accepts at most 1 or 0.1 % of the other_pairs; None where these are too few to tell. people:
+    whose pairs these are.
+    """
+
+    eer: float
+    threshold: float
+    false_reject: float
+    false_accept: float
+    accepted: dict[str, float | None]
+    same_pairs: int
+    other_pairs: int
+    people: str
+
+    def __str__(self) -> str:
+        text = (f"verification, read off {self.people}: EER {self.eer:.2%} at cosine similarity "
+                f"{self.threshold:.4f}")
+        for level, share in self.accepted.items():
+            found = "not resolved"
+            if share is not None:
+                found = f"{share:.2%}"
+            text += f"; true accepts at {level} of false ones {found}"
+        return (f"{text} ({self.same_pairs:,} pairs of one person, {self.other_pairs:,} of two, "
+                f"each counting the same; a threshold for these cameras alone)")
+
+
+def pair_similarities(q: Features, g: Features) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Cosine similarities of one query after the other with the gallery's images from other
+    cameras, but for copies of its file: those of its own person, and those of others."""
+    query = labels_of("query", len(q.feats), q.pids, q.camids, q.images)
+    gallery = labels_of("gallery", len(g.feats), g.pids, g.camids, g.images)
+    for i, distances in enumerate(negative_similarities(q.feats, g.feats)):
+        same_camera = gallery.camids == query.camids[i]
+        same_file = gallery.images == query.images[i]
+        same_person = gallery.pids == query.pids[i]
+        junk = same_camera | same_file
+        yield -distances[same_person & ~junk], -distances[~same_person & ~junk]
+
+
+def verify(q: Features, g: Features, people: str = "the test set") -> Verification | None:
+    """Verification of all pairs of query and gallery from different cameras, distractors being
+    other people; None if one kind of pair does not exist. Raises InputError as `rank_features`.
+
+    Exact, but never holding all pairs: those of one person are few and kept, the others are counted
+    between them, and listed only where the error rates meet.
+    """
+    check_unit_length("query", q.feats, q.feats)
+    check_unit_length("gallery", g.feats, q.feats)
+    same = np.sort(np.concatenate([own for own, _ in pair_similarities(q, g)]))  # (S,)
+    between = np.zeros(len(same) + 1, np.int64)   # [j]: others with j of `same` at or below them
+    for _, others in pair_similarities(q, g):
+        places = np.searchsorted(same, np.sort(others), side="right")  # sorted: twice as fast
+        between += np.bincount(places, minlength=len(same) + 1)
+    S = len(same)
+    N = int(between.sum())
+    if S == 0 or N == 0:
+        return None
+    wrong = N - np.cumsum(between)                # (S + 1,) others accepted at t = same[j]; last: 0
+    accepted = {}
+    for one_in, level in ((100, "1 %"), (1000, "0.1 %")):
+        accepted[level] = None
+        if N >= one_in:
+            accepted[level] = float(np.mean(wrong[:-1] * one_in <= N))
+    # The rates meet between two neighbours in `same`, low and high. There each t of the others
+    # accepts another number of them, and the best one may be among these.
+    lost = np.searchsorted(same, same)            # of `same` itself, below t = same[j]
+    j = np.searchsorted(lost * N - wrong[:-1] * S, 0)
+    low, high = np.pad(same, 1, constant_values=(-np.inf, np.inf))[j:j + 2]
+    near = [others[(low <= others) & (others < high)] for _, others in pair_similarities(q, g)]
+    near = np.sort(np.concatenate(near))
+    t = np.unique(np.concatenate([near, same[max(j - 1, 0):j + 1]]))
+    lost = np.searchsorted(same, t)               # of `same`, not accepted
+    wrong = wrong[j] + len(near) - np.searchsorted(near, t)
+    best = np.abs(lost * N - wrong * S).argmin()  # of equals the lowest t
+    false_reject = float(lost[best] / S)
+    false_accept = float(wrong[best] / N)
+    return Verification((false_reject + false_accept) / 2, float(t[best]), false_reject,
+                        false_accept, accepted, S, N, people)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -472,6 +561,7 @@ def evaluate_dataset(args: argparse.Namespace, model: nn.Module, recipe: dict, r
     dataset = load_dataset(args.dataset, args.data_root)
     result, q, g = evaluate(model, dataset, recipe, args.ap, args.cams == "file", **run)
     print(result)
+    print(verify(q, g) or "verification: not possible without pairs of one person and of two")
     if args.rerank:
         print(f"re-ranked (k1=20, k2=6, lambda=0.3): {rank_splits(q, g, args.ap, rerank=True)}")
     if args.ranks:
@@ -492,10 +582,14 @@ def make_parser() -> argparse.ArgumentParser:
     task("--curves", metavar="PNG", help="draw loss and CMC curves of --runs DIR ...")
     add = parser.add_argument
     add("--weights", metavar="FILE", help="model.pth of train.py, or a format that the docs list")
+    add("--as", nargs="+", type=flags.setting, dest="given", default={}, metavar="NAME=VALUE",
+        help="use --weights in another way than assumed: size=256x128, norm=imagenet, half or "
+             "lup, neck=before or after, a ResNet's last_stride=1, a ViT's stride=12")
     add("--data-root", default="data", help="folder that holds the datasets")
     add("--ap", choices=("step", "market"), default="step",
         help="average precision without interpolation, or with (market)")
     add("--cams", choices=("file", "none"), default="file", help="none: exclude the image alone")
+    add("--flip", action="store_true", help="add the feature of the mirror image; twice the time")
     add("--rerank", action="store_true", help="print the result of k-reciprocal re-ranking too")
     add("--ranks", metavar="PNG", help="draw the rank list")
     add("--attention", metavar="PNG", help="draw where a ViT's heads look")
@@ -524,18 +618,18 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     from extra import formats, photos, pictures
     if args.inspect:
-        print(formats.describe(args.inspect, formats.read_weights(args.inspect)))
+        file = formats.read_weights(args.inspect, formats.check_settings(args.given))
+        print(formats.describe(args.inspect, file))
         return
     if args.curves:
         pictures.draw_curves(args.curves, args.runs)
         return
-    model, recipe = load_model(args.weights)
-    print(formats.usage(recipe))
+    model, recipe = load_model(args.weights, **args.given)
     bf16 = args.bf16
     if bf16 is None:
         bf16 = bool(recipe.get("bf16")) and flags.has_bfloat16(args.device)
     run = {"batch_size": args.batch_size, "workers": args.workers, "device": args.device,
-           "bf16": bf16}
+           "bf16": bf16, "flip": args.flip}
     model.to(args.device)
     if args.dataset:
         evaluate_dataset(args, model, recipe, run)

@@ -7,7 +7,8 @@ Two networks of one shape see the same people. The student learns to predict the
 for whole people, from other crops of them (DINO), and for patches that are masked in the student's
 input (iBOT). The teacher is a moving average of the student. No labels are used.
 
-    x        person image, 2 global and L local crops   (B, 3, H, W)    H x W = 256 x 128
+    x        2 global crops of a person image           (B, 3, H, W)    H x W = 256 x 128
+             and L local crops                          (B, 3, H/2, W/2)
     tokens   [CLS] and N patches of a view              (B, 1 + N, D)   N = 16 x 8, a tall grid
     s, t     student's and teacher's logits             (B, K)          K prototypes
     p      = softmax((t - c) / T_t), the target distribution; the centre c is a moving average of
@@ -86,16 +87,14 @@ class Block(nn.Module):
         self.drop_path = drop_path
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop(self.attn(self.norm1(x)))
-        return x + self.drop(self.mlp(self.norm2(x)))
-
-    def drop(self, branch: Tensor) -> Tensor:
-        """Stochastic depth: the branch (B, T, D) with some images set to 0."""
-        if not self.training or self.drop_path == 0:
-            return branch
-        keep = 1 - self.drop_path
-        kept = torch.rand(len(branch), 1, 1, device=branch.device) < keep
-        return branch * (kept / keep).to(branch.dtype)          # / keep: the mean stays the same
+        for norm, branch in ((self.norm1, self.attn), (self.norm2, self.mlp)):
+            update = branch(norm(x))                            # (B, T, D)
+            if self.training and self.drop_path > 0:            # stochastic depth
+                keep = 1 - self.drop_path
+                kept = torch.rand(len(x), 1, 1, device=x.device) < keep
+                update = update * (kept / keep).to(x.dtype)     # / keep: the mean stays the same
+            x = x + update
+        return x
 
 
 class VisionTransformer(nn.Module):
@@ -380,8 +379,8 @@ class PersonViT(nn.Module):
         z = head(tokens)                                                     # (G B, 1 + N, d)
         cls = head.last_layer(z[:, 0])                                       # (G B, K)
         patches = z[:, 1:].flatten(0, 1)                                     # (G B N, d)
-        # the centre of patches is the mean of the logits of ALL patches. Logits are linear in z:
-        # those of the mean z are the same, and need no memory for patches that are not masked
+        # the centre of patches is the mean of the logits of ALL patches. Logits are linear in z, so
+        # that it equals the logits of the mean z, which need no memory for unmasked patches
         self.new_center += cls.mean(0)                                       # (K,)
         self.new_patch_center += head.last_layer2(patches.mean(0))           # (K,)
         self.forwards += 1
@@ -438,8 +437,8 @@ class PersonViT(nn.Module):
         norm = clip_each(self.parameters(), self.recipe.clip)
         if epoch < self.recipe.freeze_last_layer:
             head = self.student["head"]
-            head.last_layer.zero_grad()                          # no gradient, no step
-            head.last_layer2.zero_grad()
+            for p in (*head.last_layer.parameters(), *head.last_layer2.parameters()):
+                p.grad = None                                    # then the optimiser skips it
         return norm
 
     @torch.no_grad()

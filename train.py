@@ -30,9 +30,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import (IMAGENET_MEAN, IMAGENET_STD, NAMES, ContrastViews, FineTuneTransform, Images,
-                  MultiCrop, PKSampler, ShuffleSampler, erasing_noise, from_step, load_dataset,
-                  make_loader, some_identities)
-from evaluate import (ARCHS, ReIDModel, build_backbone, evaluate, load_weights, similarity_ranges)
+                  MultiCrop, PKSampler, ShuffleSampler, erasing_noise, from_step, hold_out,
+                  load_dataset, make_loader, some_identities)
+from evaluate import (ARCHS, ReIDModel, build_backbone, evaluate, load_weights, verify)
 from extra import flags, runs
 from extra.files import InputError, command_line
 from extra.folders import LUPERSON
@@ -92,7 +92,7 @@ class Recipe:
         if dataset == "synthetic" or arch in ("vit_mini", "resnet_tiny"):
             values = values | cls.LAPTOP
         elif (dataset, arch) == ("market1501", "vit_base"):
-            values = dict(warmup=5)  # no entry there, so that code's default holds [PersonViT code]
+            values = dict(warmup=5)  # its file has no entry: the default there [PersonViT code]
         return cls(arch=arch, **values)
 
 
@@ -168,8 +168,8 @@ def all_gather_with_gradient(x: Tensor) -> Tensor:
     dist.all_gather(rows, x.detach().contiguous())
     rows[dist.get_rank()] = x
     if x.requires_grad:
-        # each process has the gradient of the whole loss by its own rows, all these gradients are
-        # to be added; DistributedDataParallel takes their mean instead
+        # each process has the gradient of the whole loss by its own rows alone. The sum over the
+        # processes is wanted; DistributedDataParallel takes their mean: hence times world
         x.register_hook(lambda grad: grad * world)
     return torch.cat(rows)
 
@@ -223,8 +223,11 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
 METHODS = {"personvit": PersonViTRecipe, "upreid": UPReIDRecipe}
 
 
-def views_of(method: str, recipe) -> MultiCrop | ContrastViews:
-    """What a method sees of an image."""
+def views_of(method: str | None, recipe):
+    """What a method sees of an image; None: what fine-tuning does."""
+    if method is None:
+        mean, std = NORMS[recipe.norm]
+        return FineTuneTransform(recipe.size, mean, std, noise=recipe.erase == "noise")
     if method == "personvit":
         return MultiCrop(recipe.size, recipe.local_crops, recipe.global_scale, recipe.local_scale,
                          recipe.aspect)
@@ -261,8 +264,9 @@ def pretrain(method: str, recipe, dataset, run: Run, runtime: Runtime, weights: 
     objective = build_objective(recipe, runtime, weights)
     optimizer = recipe.optimizer(objective)
     transform = views_of(method, recipe)
-    make_views = runs.compiled(objective, transform, runtime)  # on a GPU, and both networks
-    model = runs.distributed(objective, runtime)  # itself, or DistributedDataParallel around it
+    runs.compile_networks(objective, runtime)  # on a GPU
+    make_views = runs.compiled(transform.__call__, runtime)
+    ddp = runs.distributed(objective, runtime)  # itself, or DistributedDataParallel around it
     sampler = ShuffleSampler(len(dataset.train), recipe.batch, recipe.seed, runtime.rank,
                              runtime.world, runtime.accumulate)
     crops = Images(dataset.train, transform, recipe.seed, recipe.draw)
@@ -291,11 +295,11 @@ def pretrain(method: str, recipe, dataset, run: Run, runtime: Runtime, weights: 
                     params = batch["params"].to(device, non_blocking=True)  # (B, views, numbers)
                     views = make_views(images, params)
                     if "masks" in batch:
-                        views["masks"] = batch["masks"]           # on the CPU: they are counted
+                        views["masks"] = batch["masks"]           # stay on the CPU, see `forward`
                     # gradients add up; processes exchange them with the last micro-batch
-                    model.require_backward_grad_sync = micro_batch + 1 == runtime.accumulate
+                    ddp.require_backward_grad_sync = micro_batch + 1 == runtime.accumulate
                     with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bf16):
-                        losses = model(views, **settings)
+                        losses = ddp(views, **settings)
                     (losses["total"] / runtime.accumulate).backward()
                     meter.add(losses)
                 meter.add({"grad_norm": objective.clip_gradients(epoch)})
@@ -304,7 +308,9 @@ def pretrain(method: str, recipe, dataset, run: Run, runtime: Runtime, weights: 
                 objective.update_teacher(**settings)              # no gradient reaches the teacher
 
                 done = step + 1
-                stopping = runs.any_process(stop)
+                stopping = bool(stop)
+                if runtime.world > 1:
+                    stopping = runs.any_process(stop)
                 saving = stopping or done % runtime.save_every == 0 or done == last
                 if saving or done % runtime.log_every == 0 or done % epoch_steps == 0:
                     run.log(epoch=epoch + 1, **meter.read(done, last), **rates, **settings)
@@ -331,12 +337,22 @@ def between_epochs(objective, epoch: int, transform, recipe, monitor, run: Run,
     content = exported(objective, epoch, transform, recipe)
     if runtime.keep_every and epoch and epoch % runtime.keep_every == 0:
         run.save(f"backbone_e{epoch:04d}.pth", content)
+    log_monitor(objective.backbone_for_export(), content, epoch, recipe, monitor, run, runtime)
+
+
+def log_monitor(net, reading: dict, epoch: int, recipe, monitor, run: Run,
+                runtime: Runtime) -> None:
+    """Log the mAP on the dataset `monitor`, if there is one and it is due after `epoch` epochs.
+
+    reading: how images are read, as `evaluate` takes it. No random number is sampled, and the
+    network is left in training mode.
+    """
     due = epoch % runtime.monitor_every == 0 or epoch == recipe.epochs
     # by the first process alone: the batch norms of others have running statistics of their own
     if monitor and due and runtime.rank == 0:
-        result, _, _ = evaluate(objective.backbone_for_export(), monitor, content,
-                                workers=runtime.workers, device=runtime.device)
-        objective.train()  # what is exported may be what is trained
+        result, _, _ = evaluate(net, monitor, reading, workers=runtime.workers,
+                                device=runtime.device)
+        net.train()  # what is exported may be what is trained
         run.log(epoch=epoch, monitor=monitor.name, mAP=result.mAP, rank1=float(result.cmc[0]))
 
 
@@ -359,28 +375,28 @@ def build_model(recipe: Recipe, num_ids: int, runtime: Runtime, weights: str | N
         if runtime.device == "cpu":
             raise InputError("batch norm over several processes needs GPUs: fine-tune a ResNet on "
                              "a CPU in one process, without torchrun or GPUS=")
-        nn.SyncBatchNorm.convert_sync_batchnorm(backbone)  # the neck sees all rows as it is
+        nn.SyncBatchNorm.convert_sync_batchnorm(backbone)  # the neck gets the rows of all anyway
     return model.to(runtime.device, memory_format=torch.channels_last).train()
 
 
-def fine_tune(recipe: Recipe, dataset, run: Run, weights: str | None,
-              runtime: Runtime) -> ReIDModel:
+def fine_tune(recipe: Recipe, dataset, run: Run, weights: str | None, runtime: Runtime,
+              monitor=None) -> ReIDModel:
     """Fine-tune on dataset.train, going on from the run's checkpoint. Returns the model, ready to
     evaluate.
 
-    Raises InputError for too few identities, weights that do not fit, too many broken images, and a
-    loss that is not finite.
+    monitor: a labelled dataset whose mAP is logged. Raises InputError for too few identities,
+    weights that do not fit, too many broken images, and a loss that is not finite.
     """
     device = torch.device(runtime.device)
     sampler = PKSampler([record.pid for record in dataset.train], recipe.ids, recipe.images,
                         recipe.seed, runtime.rank, runtime.world)
     model = build_model(recipe, len(sampler.members), runtime, weights)
     optimizer = make_optimizer(recipe, model)
-    mean, std = NORMS[recipe.norm]
-    transform = FineTuneTransform(recipe.size, mean, std, noise=recipe.erase == "noise")
-    augment = runs.compiled(model, transform, runtime)  # on a GPU, and the network
+    transform = views_of(None, recipe)
+    runs.compile_networks(model, runtime)  # on a GPU
+    augment = runs.compiled(transform.__call__, runtime)
     objective = FineTuning(model, recipe)
-    losses_of = runs.distributed(objective, runtime)  # itself, or DistributedDataParallel around it
+    ddp = runs.distributed(objective, runtime)  # itself, or DistributedDataParallel around it
     crops = Images(dataset.train, transform, recipe.seed)
     meter = Meter(objective, dataset.train, run, runtime)
     epoch_steps = len(sampler)
@@ -389,13 +405,16 @@ def fine_tune(recipe: Recipe, dataset, run: Run, weights: str | None,
         first = run.restore(model=model, optimizer=optimizer)  # 0, or from its checkpoint
         bf16 = runs.usable_bfloat16(recipe.bf16, model, crops, sampler, run)
         recipe = replace(recipe, bf16=bf16)
+        reading = stored(recipe, dataset)
         loader = iter(make_loader(crops, from_step(sampler, first, last), runtime.workers))
         for epoch in range(first // epoch_steps, recipe.epochs):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(recipe, epoch, group["scale"])
             rates = {"lr": learning_rate(recipe, epoch)}
-            meter.reset()
             start = epoch * epoch_steps
+            if first <= start:  # else this epoch was begun before a stop
+                log_monitor(model, reading, epoch, recipe, monitor, run, runtime)
+            meter.reset()
             for step in range(max(first, start), start + epoch_steps):
                 runtime.begin_step(recipe.seed, step)             # seeds stochastic depth
                 batch = meter.next_batch(loader)                  # next(loader), timed
@@ -407,7 +426,7 @@ def fine_tune(recipe: Recipe, dataset, run: Run, weights: str | None,
                     noise = erasing_noise(images, recipe.seed, step, runtime.rank, runtime.world)
                 x = augment(images, params, noise)                # (B, 3, H, W) float32
                 with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bf16):
-                    losses = losses_of(x, pids)
+                    losses = ddp(x, pids)
                 losses["total"].backward()
                 gradients = [p.grad for p in model.parameters() if p.grad is not None]
                 losses["grad_norm"] = nn.utils.get_total_norm(gradients)
@@ -416,7 +435,9 @@ def fine_tune(recipe: Recipe, dataset, run: Run, weights: str | None,
                 optimizer.zero_grad()
 
                 done = step + 1
-                stopping = runs.any_process(stop)
+                stopping = bool(stop)
+                if runtime.world > 1:
+                    stopping = runs.any_process(stop)
                 saving = stopping or done % runtime.save_every == 0 or done == last
                 if saving or done % runtime.log_every == 0 or done % epoch_steps == 0:
                     run.log(epoch=epoch + 1, **meter.read(done, last), **rates)
@@ -424,7 +445,8 @@ def fine_tune(recipe: Recipe, dataset, run: Run, weights: str | None,
                     run.save_checkpoint(done, model=model, optimizer=optimizer)
                 if stopping:
                     run.stop(done, last)
-        run.save("model.pth", {"format": "reid-model", "recipe": stored(recipe, dataset),
+        log_monitor(model, reading, recipe.epochs, recipe, monitor, run, runtime)
+        run.save("model.pth", {"format": "reid-model", "recipe": reading,
                                "model": model.state_dict()})
     return model.eval()
 
@@ -436,7 +458,7 @@ def stored(recipe: Recipe, dataset) -> dict:
 
 
 def fine_tune_and_evaluate(recipe: Recipe, dataset, out, overwrite: bool, weights: str | None,
-                           runtime: Runtime) -> dict | None:
+                           runtime: Runtime, monitor=None) -> dict | None:
     """One whole run: train, save model.pth, evaluate, save results.json; what that file holds, or
     None without queries. A run that was finished before is not run again."""
     if any(record.pid < 0 for record in dataset.train):
@@ -449,7 +471,7 @@ def fine_tune_and_evaluate(recipe: Recipe, dataset, out, overwrite: bool, weight
     if results and not overwrite:
         print(f"{run.folder} is finished; --overwrite starts over")
         return results
-    model = fine_tune(recipe, dataset, run, weights, runtime)
+    model = fine_tune(recipe, dataset, run, weights, runtime, monitor)
     print(f"saved {run.folder}/model.pth; training took {run.seconds / 60:.1f} minutes")
     if not dataset.query or not dataset.gallery:
         print(f"{dataset.name} has no queries, or no gallery, to evaluate it with")
@@ -457,10 +479,14 @@ def fine_tune_and_evaluate(recipe: Recipe, dataset, out, overwrite: bool, weight
     result, q, g = evaluate(model, dataset, stored(recipe, dataset), workers=runtime.workers,
                             device=runtime.device, rank=runtime.rank, world=runtime.world,
                             bf16=recipe.bf16 and runtime.device != "cpu")
-    results = {**result.numbers(), "similarity": similarity_ranges(q, g),
+    verification = verify(q, g, dataset.people)
+    results = {**result.numbers(), "people": dataset.people,
                "minutes": round(run.seconds / 60, 1)}
+    if verification:
+        results["verification"] = asdict(verification)
+        print(verification)
     run.save_results(results)
-    print(result)
+    print(f"{dataset.people}: {result}")
     return results
 
 
@@ -499,16 +525,18 @@ def parse_args(argv: list[str] | None = None):
     add("--threads", type=int, default=min(runs.cores(), 8), help="of a process, for a CPU's sums")
     add("--compile", action=argparse.BooleanOptionalAction,
         help="networks and views as graphs; if not given: on a GPU that can")
+    add("--held-out", type=int, default=0, metavar="N",
+        help="training people to evaluate on, in place of the test set; 0: none")
+    add("--sheet", metavar="PNG", help="draw what the first step would see, and end")
     add("--save-every", type=int, default=500, metavar="STEPS", help="checkpoint interval")
     add("--accum", type=int, default=1, metavar="N", help="pre-training: micro-batches of a step")
     add("--keep-every", type=int, default=0, metavar="EPOCHS", help="pre-training: keep backbones")
-    add("--monitor", metavar="NAME", help="pre-training: labelled dataset to watch mAP on")
+    add("--monitor", metavar="NAME",
+        help="log the mAP on held-out, the people of --held-out; pre-training: or on a dataset")
     add("--monitor-every", type=int, default=10, metavar="N", help="at first, each N epochs, last")
     flags.add_recipe_flags(parser.add_argument_group("recipe"), usual)
     args = parser.parse_args(argv)
-    flags.check_values(parser, args)
-    if not args.pretrain and (args.accum > 1 or args.monitor or args.keep_every):
-        parser.error("--accum, --monitor and --keep-every are for --pretrain")
+    flags.check_training(parser, args)
     values = {field.name: getattr(args, field.name) for field in fields(kind)}
     return args, kind(**values)
 
@@ -516,6 +544,7 @@ def parse_args(argv: list[str] | None = None):
 def main(argv: list[str] | None = None) -> None:
     """Read the flags, join the processes, load the data, train."""
     args, recipe = parse_args(argv)
+    from extra import formats, pictures  # optional: other files' weights, drawings
     torch.set_num_threads(args.threads)
     runtime = runs.join_processes(Runtime(
         args.device, args.workers, args.save_every, args.accum, args.keep_every,
@@ -526,13 +555,22 @@ def main(argv: list[str] | None = None) -> None:
     if runtime.rank > 0:
         runs.barrier()  # the first process loads first, as it may render people or list images
     dataset = load_dataset(args.dataset, args.data_root, args.train_only)
+    if args.held_out:
+        dataset = hold_out(dataset, args.held_out)
+        if args.weights:
+            dataset = formats.with_origin(dataset, args.weights)
     monitor = None
-    if args.monitor:
+    if args.monitor == "held-out":
+        monitor = replace(dataset, name="held-out")
+    elif args.monitor:
         monitor = load_dataset(args.monitor, args.data_root, args.train_only)
     if runtime.rank == 0:
         runs.barrier()
     if monitor and not (monitor.query and monitor.gallery):
         raise InputError(f"--monitor {args.monitor}: it has no queries, or no gallery")
+    if args.sheet:
+        pictures.draw_sheet(args.sheet, dataset, recipe, views_of(args.pretrain, recipe))
+        return
     if args.pretrain:
         run = runs.open_run(out, recipe, dataset, args.overwrite, runtime, args.weights,
                             pretrain=args.pretrain)
@@ -542,10 +580,13 @@ def main(argv: list[str] | None = None) -> None:
             labelled = args.dataset
         words = ["--dataset", labelled, "--data-root", args.data_root, "--arch", recipe.arch,
                  "--weights", f"{run.folder}/backbone.pth"]
+        if args.held_out:
+            words += ["--held-out", str(args.held_out)]
         print(f"saved {run.folder}/backbone.pth; fine-tune it with: python train.py",
               shlex.join(words))
     else:
-        fine_tune_and_evaluate(recipe, dataset, out, args.overwrite, args.weights, runtime)
+        fine_tune_and_evaluate(recipe, dataset, out, args.overwrite, args.weights, runtime,
+                               monitor)
     runs.barrier()  # no process leaves while another one still talks to it
 
 

@@ -17,7 +17,7 @@ MoCo v2, whose code is public [LUP].
     queue      keys of past batches, at first random vectors         (K, d)
     a, b       = f, g of M stripes of x, augmented twice; own head   (B, M, d)
     D, d       width of the ResNet's feature, and of its projection (128)
-    L_con      find k among k and the queue by q                     info_nce             [ours U1]
+    L_con      q must pick out k among k and the queue               info_nce             [ours U1]
     L_glob     q and o should find the same keys similar             global_consistency   [ours U2]
     L_loc      find stripe m among the stripes of x                  intrinsic_contrast   [ours U3]
     L        = L_con + weight_global L_glob + weight_local L_loc                          [ours U4]
@@ -76,7 +76,7 @@ class Bottleneck(nn.Module):
         x = self.bn2(self.conv2(x)).relu_()
         x = self.bn3(self.conv3(x))
         x += shortcut
-        return x.relu_()  # after the sum, not before: else a block could only ever add
+        return x.relu_()  # after the sum, not before: else a block could only increase values
 
 
 def make_stage(channels: int, width: int, depth: int, stride: int) -> nn.Sequential:
@@ -168,8 +168,9 @@ def global_consistency(q: Tensor, o: Tensor, queue: Tensor, temperature: float) 
     [UP-ReID abstract]: augmented and original image shall agree. The original has all the clues
     that augmentation may destroy; which other people it resembles is a target that contrast alone
     does not give. With P = softmax(q.n_i / T), R = softmax(o.n_i / T) over the queue, L = mean of
-    (KL(P||R) + KL(R||P)) / 2. Form after CO2 (arXiv 2010.02217; half the symmetric KL, as lightly
-    implements it, which also has the positive among the entries and detaches neither side) [CO2].
+    (KL(P||R) + KL(R||P)) / 2. Form after CO2 (arXiv 2010.02217; half the symmetric KL, as the
+    library lightly implements it, whose entries hold the positive too and which detaches neither
+    side) [CO2].
     """
     log_p = (q @ queue.T / temperature).log_softmax(1)                       # (B, K)
     # o comes without a gradient; detached all the same, so that this function is right by itself
@@ -332,8 +333,8 @@ class UPReID(nn.Module):
     def warning(self, values: dict[str, float]) -> str:
         """What a line of the log warns of, or nothing. COLLAPSE?: all images have the same feature,
         or the same query."""
-        # at random weights above 0.3 on images of people; the limit is ours
-        if values["feature_std"] > 1e-2 and values["query_std"] > 1e-2:  # NaN is not
+        # both are above 0.3 at random weights on images of people; the limit is ours
+        if values["feature_std"] > 1e-2 and values["query_std"] > 1e-2:  # not so for NaN
             return ""
         return "COLLAPSE?"
 

@@ -7,7 +7,7 @@ check-gpu   one step of each training, small, from the same state and batch: vie
 bench       each training from files to weights, eager, compiled, and with CUDA graphs: images per
             second of the whole, of the data alone, of the computation alone; the share of the
             limit that the arithmetic sets; launches of a step; seconds until the first step;
-            memory. Then CMC, mAP and re-ranking at MSMT17's size; 4.2 million paths read
+            memory. Then CMC, mAP and re-ranking at MSMT17's size
 
 Each row is printed when it is ready; --only NAME ... runs some of them.
 """
@@ -35,8 +35,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from data import FineTuneTransform, Images, MultiCrop, ShuffleSampler, from_step, load_dataset
-from data import make_loader, normalize
+from data import FineTuneTransform, load_dataset, make_loader, normalize
 from evaluate import rank_features
 from extra import runs
 from extra.files import command_line
@@ -96,7 +95,8 @@ class SmallStep:
             mean, std = train.NORMS[self.recipe.norm]
             self.transform = FineTuneTransform(self.recipe.size, mean, std, noise=False)
             self.optimizer = train.make_optimizer(self.recipe, model)
-        self.make_views = runs.compiled(self.objective, self.transform, runtime)
+        runs.compile_networks(self.objective, runtime)
+        self.make_views = runs.compiled(self.transform.__call__, runtime)
         self.batch = self.noise_batch()
 
     def noise_batch(self) -> dict:
@@ -315,6 +315,11 @@ def staged(method: str, recipe, dataset, device: str, steps: int, backend: str) 
     """A training of 5 times `steps` steps; method: "" for fine-tuning."""
     stages = Stages(device)
     compiled = runs.compiled
+
+    def timed_views(function, runtime):
+        made = compiled(function, runtime)
+        return stages.timed("views", made) if function.__name__ == "__call__" else made
+
     module = {"personvit": PersonViT, "upreid": UPReID}.get(method, train.FineTuning)
     places = [(module, "forward", "forward"), (torch.Tensor, "backward", "backward"),
               (module, "clip_gradients", "clipping"), (module, "update_teacher", "teacher")]
@@ -325,8 +330,7 @@ def staged(method: str, recipe, dataset, device: str, steps: int, backend: str) 
             if hasattr(owner, attribute):
                 timed = stages.timed(phase, getattr(owner, attribute))
                 stack.enter_context(mock.patch.object(owner, attribute, timed))
-        stack.enter_context(mock.patch.object(runs, "compiled", lambda *args: stages.timed(
-            "views", compiled(*args))))
+        stack.enter_context(mock.patch.object(runs, "compiled", timed_views))
         stack.enter_context(mock.patch.object(train, "make_loader", stages.batches))
         run = runs.Run(stack.enter_context(tempfile.TemporaryDirectory()), {})
         run.log = stages.log
@@ -433,49 +437,6 @@ def ranking(device: str, quick: bool) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# LUPerson's size
-# ---------------------------------------------------------------------------------------------
-
-
-def memory_of_all() -> tuple[float, int]:
-    """MB of this process and its children, a page that several share counted once; and their open
-    files."""
-    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    pids = [Path("/proc", pid) for pid in ("self", *children)]
-    pss = [int(re.search(r"Pss:\s+(\d+) kB", (p / "smaps_rollup").read_text())[1]) for p in pids]
-    return sum(pss) / 2 ** 10, sum(len(os.listdir(p / "fd")) for p in pids)
-
-
-def scale(quick: bool) -> None:
-    """LUPerson's number of paths: the synthetic people through 3,850 links to their folder. Linux
-    only."""
-    with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(sys.stderr):
-        folder = Path(name)
-        links, steps = (40, 100) if quick else (3_850, 1_000)
-        people = [Path(record.path) for record in load_dataset("synthetic", folder).train]
-        (folder / "luperson").mkdir()
-        with open(folder / "luperson.index.txt", "w") as index:
-            for i in range(links):
-                (folder / "luperson" / f"{i:05d}").symlink_to(people[0].parent)
-                index.writelines(f"{i:05d}/{path.name}\n" for path in people)
-        start, (before, _) = time.perf_counter(), memory_of_all()
-        dataset = load_dataset("luperson", folder)
-        listed = time.perf_counter() - start
-        sampler = ShuffleSampler(len(dataset.train), 32)
-        images = Images(dataset.train, MultiCrop((128, 64)))
-        loader = iter(make_loader(images, from_step(sampler, 0, len(sampler)), 16))
-        next(loader)
-        first = time.perf_counter() - start
-        for _ in range(steps):
-            next(loader)
-        rate = 32 * steps / (time.perf_counter() - start - first)
-        memory, opened = memory_of_all()
-    print(f"  {len(dataset.train):,} paths from the index in {listed:.1f} s, first batch of 16 "
-          f"workers after {first:.1f} s; after {steps:,} batches of 32 {memory:,.0f} MB in all "
-          f"({before:,.0f} before the set was opened), {opened} open files, {rate:,.0f} img/s")
-
-
-# ---------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------
 
@@ -495,11 +456,11 @@ def main() -> None:
     parser.add_argument("--device", type=device_name, help="cpu or cuda; default: what is here",
                         default=usual_device())
     parser.add_argument("--check", action="store_true", help="is the GPU right? no speeds")
-    parser.add_argument("--only", nargs="+", choices=[*TRAININGS, "rank", "lists"], metavar="NAME",
-                        help=f"some of: {' '.join(TRAININGS)} rank lists")
+    parser.add_argument("--only", nargs="+", choices=[*TRAININGS, "rank"], metavar="NAME",
+                        help=f"some of: {' '.join(TRAININGS)} rank")
     parser.add_argument("--quick", action="store_true", help="few repeats: does it run at all?")
     args = parser.parse_args()
-    wanted = args.only or [*TRAININGS, "rank", "lists"]
+    wanted = args.only or [*TRAININGS, "rank"]
     names = [name for name in TRAININGS if name in wanted]
     if args.check:
         return check_all([name for name in names if not TRAININGS[name][2]], args.device)
@@ -509,8 +470,6 @@ def main() -> None:
         loops(names, args.device, args.quick)
     if "rank" in wanted:
         ranking(args.device, args.quick)
-    if "lists" in wanted:
-        scale(args.quick)
 
 
 if __name__ == "__main__":

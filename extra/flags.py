@@ -47,6 +47,14 @@ def number_or_none(text: str) -> float | None:
     return None if text.lower() == "none" else float(text)
 
 
+def setting(text: str) -> tuple[str, str]:
+    """A name and a value, written norm=half."""
+    name, _, value = text.partition("=")
+    if not name or not value:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE, like norm=imagenet")
+    return name, value
+
+
 PARSERS = {tuple[int, int]: two_numbers, tuple[float, float]: two_numbers,
            float | None: number_or_none}
 
@@ -97,9 +105,21 @@ def check_values(parser: argparse.ArgumentParser, args) -> None:
         parser.error(f"--size {size}: two whole numbers from 8 to 4096, as 256x128")
 
 
+def check_training(parser: argparse.ArgumentParser, args) -> None:
+    """End with one line for flags of train.py that make no sense, or do not go together."""
+    check_values(parser, args)
+    if args.monitor == "held-out" and not args.held_out:
+        parser.error("--monitor held-out needs --held-out N")
+    of_dataset = args.monitor not in (None, "held-out")
+    if not args.pretrain and (args.accum > 1 or of_dataset or args.keep_every):
+        parser.error("--accum, --keep-every and --monitor of a dataset are for --pretrain")
+    if args.sheet:
+        check_place(parser, args, "sheet", ".png")
+
+
 PATCHES = ("attention", "clusters", "correspondence")  # pictures of a ViT's patches
 GOES_WITH = {"rerank": ["dataset"], "ranks": ["dataset", "query"], "skip_bad": ["extract", "query"],
-             **dict.fromkeys(PATCHES, ["dataset"])}
+             "flip": ["dataset", "extract"], **dict.fromkeys(PATCHES, ["dataset"])}
 TOGETHER = {"extract": "out", "query": "gallery", "curves": "runs"}
 
 
@@ -109,6 +129,7 @@ def check_evaluation(parser: argparse.ArgumentParser, args) -> None:
     check_values(parser, args)
     if not args.weights and not args.inspect and not args.curves:
         parser.error("--weights FILE is needed")
+    args.given = dict(args.given)
     for flag, tasks in GOES_WITH.items():
         if getattr(args, flag) and not any(getattr(args, task) for task in tasks):
             parser.error(f"--{flag.replace('_', '-')} goes with --{' or --'.join(tasks)}")
@@ -118,15 +139,19 @@ def check_evaluation(parser: argparse.ArgumentParser, args) -> None:
     places = []
     for flag in ("ranks", *PATCHES, "curves", "out"):
         name = getattr(args, flag)
-        suffix = ".npz" if flag == "out" else ".png"
-        if not name:
-            continue
-        if not name.endswith(suffix):
-            parser.error(f"--{flag} {name}: the file is a {suffix[1:].upper()}, name it so")
-        if os.path.exists(name) and not args.overwrite:
-            parser.error(f"{name} exists; --overwrite replaces it")
-        if os.path.isdir(name) or not os.access(Path(name).parent, os.W_OK):
-            parser.error(f"--{flag} {name}: its folder is absent or read-only")
-        places.append(os.path.abspath(name))
+        if name:
+            check_place(parser, args, flag, ".npz" if flag == "out" else ".png")
+            places.append(os.path.abspath(name))
     if len(set(places)) < len(places):
         parser.error("two pictures cannot go into one file")
+
+
+def check_place(parser: argparse.ArgumentParser, args, flag: str, suffix: str) -> None:
+    """End with one line for a file that cannot be written."""
+    name = getattr(args, flag)
+    if not name.endswith(suffix):
+        parser.error(f"--{flag} {name}: the file is a {suffix[1:].upper()}, name it so")
+    if os.path.exists(name) and not args.overwrite:
+        parser.error(f"{name} exists; --overwrite replaces it")
+    if os.path.isdir(name) or not os.access(Path(name).parent, os.W_OK):
+        parser.error(f"--{flag} {name}: its folder is absent or read-only")

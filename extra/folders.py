@@ -276,7 +276,8 @@ def list_once(folder: Path) -> Path:
     print(f"listing {folder} once ...", flush=True)
     paths = [os.path.relpath(path, folder) for path in list_images(folder)]
     if not paths or any(re.search("[\r\n]", path) for path in paths):
-        raise InputError(f"{folder}: holds no image, or one with a line break in its name")
+        raise InputError(f"{folder}: holds no image (LMDB files are not read), or one with a line "
+                         f"break in its name")
     if not os.access(index.parent, os.W_OK):  # then the list is kept for this run alone
         index = Path(tempfile.mkdtemp()) / index.name
     text = "\n".join([*paths, ""])

@@ -12,12 +12,18 @@ tensors. Nested dictionaries become one, of dotted names, and then each tensor i
                some by name): the file is refused for evaluation, and as a start of training taken
                with a line that says what is missing
 
+How a network was used in training (image size, normalisation, strides, feature) is rarely in its
+file. What the file says counts; then what its project always does, which the names of its tensors
+tell; the rest is assumed, and printed as assumed. `use_as` changes it.
+
 Nothing in a file is executed. Read `read_weights` and `fill`, which everything else serves; then
-`convert`, `choose_prefix`, `sort_tensors`, `positions_of`.
+`convert`, `choose_prefix`, `sort_tensors`, `positions_of`, `use_as`.
 """
 
 import argparse
+import codecs
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -25,13 +31,16 @@ import pickle
 import re
 import warnings
 import zipfile
+from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data import IMAGENET_MEAN, IMAGENET_STD
+from data import IMAGENET_MEAN, IMAGENET_STD, LUP_MEAN, LUP_STD
+from evaluate import ARCHS, build_backbone, resize_positions
 from extra.files import InputError, hint
 
 # ---------------------------------------------------------------------------------------------
@@ -41,7 +50,7 @@ from extra.files import InputError, hint
 OWN = ("reid-model", "reid-backbone")  # what train.py writes
 
 
-def read_weights(path: str | Path) -> dict:
+def read_weights(path: str | Path, given: dict | None = None) -> dict:
     """A file of weights in any of the formats of docs/data-and-weights.md, as a dictionary:
 
         base, neck   tensors of the backbone, under the names used here; of BNNeck and classifier,
@@ -50,25 +59,32 @@ def read_weights(path: str | Path) -> dict:
         grid         rows and columns of patches that a ViT's positions belong to, else None
         kind         what the file is
         dropped      names of tensors that the feature does not need
+        origins      {"size": "assumed", ...}: where each setting that the file lacks is from
 
-    Raises InputError, with the file's name, for one that is damaged or of no backbone known here.
+    given: settings that someone knows better, as `use_as` takes them. Raises InputError, with the
+    file's name, for one that is damaged or of no backbone known here.
     """
     content = read_checkpoint(path)
-    if not isinstance(content, dict) or content.get("format") not in OWN:
-        content = convert(str(path), content)
     try:
+        if not isinstance(content, dict) or content.get("format") not in OWN:
+            content = interpret(str(path), content, given or {})
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # PyTorch checks no sums
             raise ValueError("a checksum does not match")
         file = arrange(content)
         bad = [name for name, tensor in {**file["base"], **file["neck"]}.items()
                if not usable(name, tensor)]
+    except InputError:
+        raise
     except Exception as error:  # strange tensors make anything at all fail
+        if limit_reached(path, error):
+            raise
         raise InputError(f"{path}: damaged, its tensors or its recipe make no sense ({error}); "
                          f"nothing was loaded") from None
     if bad:
         raise InputError(f"{path}: {len(bad)} weights are not finite floating-point numbers, first "
                          f"{bad[0]}: the training diverged, or they were rounded to integers; "
                          f"nothing was loaded")
+    use_as(path, file, given or {})
     return file
 
 
@@ -103,22 +119,22 @@ def arrange(content: dict) -> dict:
     if "pos_embed" in base:
         grid = grid_of_positions(base, recipe)
     return {"kind": f"{content['format'].removeprefix('reid-')} of this project", "dropped": [],
-            **content, "recipe": recipe, "base": base, "neck": neck, "grid": grid}
+            "origins": {}, **content, "recipe": recipe, "base": base, "neck": neck, "grid": grid}
 
 
 def check_recipe(recipe: dict, fine_tuned: bool) -> None:
     """Give size, mean and std their types. Raises ValueError for values that make no sense."""
-    size = np.array(recipe["size"], float)
-    mean = np.array(recipe["mean"], float)
-    std = np.array(recipe["std"], float)
-    possible = (8 <= size) & (size <= 4096) & (size % 1 == 0)
-    if size.shape != (2,) or not possible.all():
+    limits = {"size": (2, 8, 4096), "mean": (3, -1e3, 1e3), "std": (3, 1e-6, 1e3)}
+    for name, (length, low, high) in limits.items():
+        values = np.array(recipe[name], float)
+        possible = (low <= values) & (values <= high)
+        if values.shape != (length,) or not possible.all():
+            raise ValueError(f"its {name}")
+        recipe[name] = values.tolist()
+    size = tuple(map(int, recipe["size"]))
+    if list(size) != recipe["size"]:
         raise ValueError("its size")
-    if mean.shape != (3,) or std.shape != (3,):
-        raise ValueError("its mean or std")
-    possible = (1e-6 <= std) & (abs(mean) + std < 1e3)
-    if not possible.all():
-        raise ValueError("its mean or std")
+    recipe["size"] = size
     if recipe["last_stride"] not in (1, 2) or not isinstance(recipe["arch"], str):
         raise ValueError("its arch or last_stride")
     known = ["none"]
@@ -126,19 +142,21 @@ def check_recipe(recipe: dict, fine_tuned: bool) -> None:
         known = ["before", "after"]
     if recipe["neck_feat"] not in known:
         raise ValueError("its neck_feat")
-    recipe["size"] = tuple(map(int, size))
-    recipe["mean"] = mean.tolist()
-    recipe["std"] = std.tolist()
 
 
 def grid_of_positions(base: dict, recipe: dict) -> tuple[int, int]:
     """Rows and columns of patches that position embeddings belong to."""
     patch = base["patch_embed.proj.weight"].shape[-1]
     shape = tuple(base["pos_embed"].shape)
-    stride = recipe["stride"] or patch
-    rows, columns = ((n - patch) // stride + 1 for n in recipe["size"])
+    rows, columns = patches_of(recipe["size"], patch, recipe["stride"] or patch)
     if shape[:-1] != (1, 1 + rows * columns):
         raise ValueError(f"pos_embed of shape {shape} is not of {rows} x {columns} patches")
+    return rows, columns
+
+
+def patches_of(size: tuple[int, int], patch: int, stride: int) -> tuple[int, int]:
+    """Rows and columns of patches in an image of this size (H, W)."""
+    rows, columns = ((n - patch) // stride + 1 for n in size)
     return rows, columns
 
 
@@ -149,14 +167,16 @@ def usable(name: str, tensor: Tensor) -> bool:
     return stored and (counts or tensor.is_floating_point() and bool(tensor.isfinite().all()))
 
 
-def fill(model: nn.Module, state: dict[str, Tensor], path: str | Path, file: dict) -> str:
-    """Load state and say so, or raise InputError that names what differs, and leave the model."""
+def fill(model: nn.Module, state: dict[str, Tensor], path: str | Path, file: dict,
+         problem: str = "another --arch, ") -> str:
+    """Load state and say so, or raise InputError that names what differs, and leave the model.
+
+    problem: what a difference means; a model that was built for this very file has no other arch.
+    """
     here = shapes(model.state_dict())
-    there = shapes(state)
-    differ = [f"{name} is {there.get(name, 'absent')} there and {here.get(name, 'absent')} here"
-              for name in here | there if here.get(name) != there.get(name)]
+    differ = differences(here, shapes(state))
     if differ:
-        raise InputError(f"{path}: another --arch, {file['recipe']['arch']}; nothing was loaded: "
+        raise InputError(f"{path}: {problem}{file['recipe']['arch']}; nothing was loaded: "
                          f"{len(differ)} of {len(here)} tensors differ, first {differ[0]}")
     model.load_state_dict({name: state[name] for name in here}, strict=False)
     dropped = [name for name in file["neck"] if name not in state]
@@ -173,14 +193,26 @@ def shapes(state: dict[str, Tensor]) -> dict[str, tuple]:
             if "num_batches" not in name}
 
 
+def differences(here: dict[str, tuple], there: dict[str, tuple]) -> list[str]:
+    """In words, which tensors differ in shape, or are in one of two networks alone."""
+    return [f"{name} is {there.get(name, 'absent')} there and {here.get(name, 'absent')} here"
+            for name in here | there if here.get(name) != there.get(name)]
+
+
 # ---------------------------------------------------------------------------------------------
 # Reading what torch.load refuses
 # ---------------------------------------------------------------------------------------------
 
-SCALAR = np.float64(0).__reduce__()[0]  # makes a NumPy number; NumPy 2 renamed its module
-HARMLESS = [argparse.Namespace, np.dtype, (SCALAR, "numpy.core.multiarray.scalar"),
-            (SCALAR, "numpy._core.multiarray.scalar"),
-            *(type(np.dtype(kind)) for kind in ("f8", "f4", "i8", "i4", "?"))]
+ARRAY = np.zeros(0).__reduce__()[0]  # makes a NumPy array; NumPy 2 renamed its module
+HARMLESS = [argparse.Namespace, np.ndarray, np.dtype, (codecs.encode, "_codecs.encode"),
+            (ARRAY, "numpy.core.multiarray._reconstruct"),
+            (ARRAY, "numpy._core.multiarray._reconstruct"),
+            *(type(np.dtype(kind)) for kind in "?bhilqBHILQefdSU")]
+SAVE_WEIGHTS = ('d = torch.load(FILE, weights_only=False); d = d if hasattr(d, "state_dict") else '
+                'd.get("state_dict", d.get("model")); d = getattr(d, "state_dict", lambda: d)(); '
+                'torch.save({k: torch.as_tensor(v) for k, v in d.items()}, NEW)')
+REPICKLE = ("d = pickle.load(open(FILE, 'rb'), encoding='latin1'); d = d.get('state_dict', "
+            "d.get('model', d)); torch.save({k: torch.as_tensor(v) for k, v in d.items()}, NEW)")
 STARTS = {  # how a file begins: what it is, and the way out
     rb"version https://git-lfs": "a pointer of git-LFS, not the file itself: run git lfs pull, or "
                                  "download it from its page",
@@ -188,6 +220,10 @@ STARTS = {  # how a file begins: what it is, and the way out
                                         "a click: download the file again in a browser",
     rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|Rar!|.{257}ustar": "an archive: unpack it, the weights are "
                                                            "inside",
+    rb"\x80.(?!.{0,12}\xfc\x9cF|.*_load_from_bytes).*storageq.ctorch\n": "a part of an unpacked "
+        "file of torch.save: name the file as it was downloaded, .pth.tar is no archive",
+    rb"\x80[\x02-\x05](?!.{0,12}\xfc\x9cF\xf9 j\xa8P\x19)": "a plain pickle, not torch.save's "
+        f"(Detectron2's .pkl are such): if you trust it, {REPICKLE}",
     rb"\x89HDF": "an HDF5 file, as Keras writes: take a file for PyTorch",
     rb"\x93NUMPY": "a NumPy array: take a file for PyTorch",
     rb"\s*[{\[]": "JSON text, an error of a server or the index of a file in parts: name the "
@@ -196,7 +232,8 @@ SUFFIXES = {".onnx": "an ONNX graph", ".tflite": "a TensorFlow Lite graph", ".pb
             ".msgpack": "Flax's", ".pt2": "an exported program", ".engine": "TensorRT's"}
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-          "U8": torch.uint8, "BOOL": torch.bool}
+          "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn,
+          "F8_E5M2": torch.float8_e5m2}
 
 
 def read(path: str | Path, error: Exception):
@@ -266,6 +303,9 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
         tensors = {}
         for name, entry in header.items():
             first, last = entry["data_offsets"]
+            if entry["dtype"] not in DTYPES:
+                raise InputError(f"{path}: its numbers are of type {entry['dtype']}, which is not "
+                                 f"read here: take the file in F32, F16 or BF16")
             dtype = DTYPES[entry["dtype"]]
             part = bytearray(content[begin + first:begin + last])
             if len(part) != math.prod(entry["shape"]) * dtype.itemsize or first < 0:
@@ -274,29 +314,48 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
             if part:
                 values = torch.frombuffer(part, dtype=dtype)
             tensors[name] = values.view(entry["shape"])
+    except InputError:
+        raise
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(f"{path}: damaged, as a .safetensors file ({type(error).__name__}: {error}"
                          f"); nothing was loaded") from None
     return tensors
 
 
+class StandIn:
+    """In place of a class or function that a file asks for, which is not looked up: its objects
+    become dictionaries. They are settings, no part of a network."""
+
+    def __new__(cls, *_):
+        return OrderedDict()
+
+
 def read_pickle(path: str | Path):
-    """A file of torch.save that holds harmless objects beside tensors."""
+    """A file of torch.save that holds objects beside tensors, as training files of DINO, iBOT and
+    Lightning do. Raises InputError, with the way out, where the network itself is an object."""
+    unknown = []
+    while True:
+        allowed = HARMLESS + [(StandIn, name) for name in unknown]
+        try:
+            with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about pickle versions; what cannot be read raises
+                content = torch.load(path, map_location="cpu", weights_only=True,
+                                     encoding="latin1")  # Python 2's text may be bytes
+            if not unknown or prefixes_of(flatten(content)[0]):
+                return content
+            break
+        except Exception as error:  # hostile bytes make the reader raise anything at all
+            if limit_reached(path, error):
+                raise
+            found = re.search(r"Unsupported global: GLOBAL ([\w.]+)", str(error))
+            if not found or found[1] in unknown:
+                unknown += re.findall(r"GLOBAL ([\w.]+)", str(error))
+                break
+            unknown += [found[1], f"builtins.{found[1]}"]  # what PyTorch says lacks the latter
     reason = "damaged"
-    try:  # training files of DINO and iBOT hold their command line and rates
-        with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle versions; what cannot be read raises
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "GLOBAL" in str(error):
-            found = re.search(r"GLOBAL ([\w.]+)", str(error))
-            what = found[1] if found else "of an unknown kind"
-            reason = (f"it holds Python objects ({what}), which loading might execute: if it is a "
-                      f"whole model and you trust it, "
-                      f"torch.save(torch.load(FILE, weights_only=False).state_dict(), NEW)")
-    except Exception as error:  # hostile bytes make the reader raise anything at all
-        if limit_reached(path, error):
-            raise
+    if unknown:
+        reason = (f"it holds Python objects ({unknown[0]}), which loading might execute: if you "
+                  f"trust it and have its project's code, {SAVE_WEIGHTS}")
     raise InputError(f"{path}: {reason}; nothing was loaded")
 
 
@@ -310,79 +369,91 @@ BACKBONE = re.compile(
     r"conv1\.weight|layer[1-4]\.\d+\.(conv[123]|downsample\.0)\.weight|"
     r"(bn1|layer[1-4]\.\d+\.(bn[123]|downsample\.1))\."
     r"(weight|bias|running_mean|running_var|num_batches_tracked)")
-NECK = re.compile(r"bottleneck\.(weight|bias|running_mean|running_var|num_batches_tracked)|"
-                  r"classifier\.weight")
+NECK = re.compile(r"(bottleneck|feat_bn)\.(weight|bias|running_mean|running_var|"
+                  r"num_batches_tracked)|classifier\.weight")
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # of two networks in a file the one that is meant to be used, and its twin
 MEANT = re.compile(r"teacher|target_encoder")
 TWIN = re.compile(r"student|encoder_k|momentum|(^|[._])ema([._]|$)|optim")
 DROPPED = re.compile(  # one part of a dotted name says so
     r"(.*\.)?(\w*heads?|head_dist|classifier|fc|pre_logits|proj(ector|ection)\w*|"
-    r"predict(or|ion)\w*|prototypes?|decoder\w*|mask_token|masked_embed|queue\w*|oldest|"
-    r"\w*center[s2]?|\w*loss\w*|criterion|\w*optim\w*|\w*scheduler\w*|\w*scaler\w*|"
+    r"momentum_\w+|predict(or|ion)\w*|prototypes?|decoder\w*|mask_token|masked_embed|queue\w*|"
+    r"oldest|\w*center[s2]?|\w*loss\w*|criterion|\w*optim\w*|\w*scheduler\w*|\w*scaler\w*|"
     r"pixel_(mean|std))(\..*)?")
 UNLIKE = {  # how a name begins: what it is, though a part of it may stand in DROPPED
     r"(\w+_)?reg(ister)?_tokens?|storage_tokens": "register tokens",
     r"dist_token": "a distillation token",
     r"part_token|part\d_pos|cls_pos": "part tokens (PASS)",
     r"sie_embed": "a camera embedding (SIE)",
-    r"(b[12]|bottleneck_\d|classifier_\d)\.": "local branches (TransReID's JPM)",
+    r"(b[123]|bottleneck_\d|classifier_\d)\.": "local branches (JPM, MGN)",
     r"patch_embed\.|conv1\.\d|(conv|bn)[23]\.": "another stem",
     r"norm_pre|pre_norm|fc_norm|ln_p(re|ost)": "a norm before or behind the blocks",
     r"blocks\.\d+\.(ls[12]|gamma_[12])": "LayerScale",
     r"blocks\.\d+\.attn\.": "another attention",
     r"blocks\.|layer\d\.|NL_\d": "other blocks (IBN, SE, non-local)",
-    r"(.*\.)?(gem|\w*pool\w*)(\.|$)": "another pooling",
+    r"(.*\.)?(gem|gap|\w*pool\w*)(\.|$)|(.*\.)?p$": "another pooling",
     r"(.*\.)?\w*heads?\.(.*\.)?(bn|bottleneck|neck|feat|embed|fcs|norm)": "another project's neck",
     r"classifier\.(add_block|classifier)|(bottle)?neck|bn_?neck|(feat|embedding)[._]":
         "another project's neck"}
 OTHERS = {  # names of networks that cannot be read here
+    "relative_position_bias_table|cpb_mlp": " (a Swin, as SOLIDER's are)",
+    r"(stages|layers)\.\d+\.": " (a network of stages, as Swin or ConvNeXt)",
     "embeddings.patch_embeddings": " (a ViT under the transformers package's: take timm's file)",
     "encoder_layer_0": " (a ViT under torchvision's: take timm's file)",
     "resblocks": " (a ViT under CLIP's)"}
+NORMS = {"imagenet": (IMAGENET_MEAN, IMAGENET_STD), "lup": (LUP_MEAN, LUP_STD),
+         "half": ((0.5,) * 3, (0.5,) * 3)}
+STRIDES = {  # in the name of a tensor: last stride of its project's ResNets, and whose it is
+    r"^Loss\.": (1, "as CION's"),
+    r"encoder_[qk]\.|base_encoder\.|_feature_blocks\.|\bprojector\.|\bprojection_head": (
+        2, "as MoCo's, LUPerson's and others' without labels"),
+    r"\bclassifier\.add_block": (2, "as layumi's"),
+    r"\bheads\.|\bpixel_mean": (1, "as fast-reid's"),
+    r"\bfeat_bn\.": (1, "as cluster-contrast's"),
+    r"\bbottleneck\.": (1, "as a strong baseline's (WARNING: reid-strong-baseline's own code has "
+                           "no ReLU before the first pooling, the network here has one)"),
+    r"\bfc\.0\.": (1, "as torchreid's resnet50_fc512's"),
+    r"\bfc\.weight": (2, "as torchvision's"),
+    r"\bclassifier\.weight": (2, "as torchreid's resnet50's")}
+STAGES = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 
 
-def convert(path: str, content) -> dict:
-    """What train.py would have saved of this network: format, recipe and backbone or model; with
-    `kind`, `dropped` and what else is worth showing.
+def interpret(path: str, content, given: dict) -> dict:
+    """What train.py would have saved of this network: format, recipe and model; with `kind`,
+    `dropped`, `origins` and what else is worth showing.
 
     Raises InputError, naming the file, when it holds no backbone known here, or several.
     """
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}, not a dictionary of weights")
-    try:
-        return interpret(path, content)
-    except InputError:
-        raise
-    except Exception as error:  # strange tensors make anything at all fail
-        if limit_reached(path, error):
-            raise
-        raise InputError(f"{path}: damaged, its tensors make no sense ({error}); nothing was "
-                         f"loaded") from None
-
-
-def interpret(path: str, content: dict) -> dict:
-    """`convert` of a dictionary."""
-    tensors = flatten(content)
+    tensors, homes = flatten(content)
     prefix, twins = choose_prefix(path, content, tensors)
-    base, neck, dropped, unlike = sort_tensors(tensors, prefix, twins)
+    base, neck, dropped, unlike = sort_tensors(tensors, homes, prefix, twins)
     if not {"cls_token", "layer1.0.conv1.weight"} & {*base}:
         raise InputError(f"{path}: its blocks are of no ViT with a [CLS] token and of no ResNet "
                          f"that is known here (Swin and others have like names), first "
                          f"{', '.join([*tensors][:3])}; nothing was loaded")
-    arch = arch_of(base)
-    kind = kind_of(content, prefix, neck)
+    recipe = {"size": (256, 128), "stride": None, "last_stride": 1, "neck_feat": "none"}
+    origins = {"size": "assumed"}
+    kind = kind_of(content, prefix)
     vit = "pos_embed" in base
-    size = (256, 128)
-    stride = None
     if vit:
-        base["pos_embed"], size, stride = positions_of(path, base, unlike)
-    mean, std = normalisation(tensors, bool(vit and neck), prefix)
-    neck_feat = "none"
+        places = positions_of(path, base, unlike, given)
+        base["pos_embed"], recipe["size"], recipe["stride"] = places
+        origins["stride"] = "assumed"
+    else:
+        recipe["last_stride"], origins["last_stride"] = last_stride_of(tensors)
     if neck and vit:
-        neck_feat = "before"                                                 # [PersonViT code]
+        kind = "fine-tuned model of TransReID or PersonViT"
+        recipe["neck_feat"] = "before"                                       # [PersonViT code]
+        origins["neck"] = "as TransReID's and PersonViT's"
     elif neck:
-        neck_feat = "after"                                                  # [BoT]
+        kind = "fine-tuned model of a strong baseline"
+        recipe["neck_feat"] = "after"                                        # [BoT]
+        origins["neck"] = "as a strong baseline's"
+    statistics = normalisation(tensors, recipe["neck_feat"] == "before", prefix)
+    recipe["mean"], recipe["std"], origins["norm"] = statistics
+    arch = arch_of(base)
     if content.get("format") == "reid-checkpoint":
         arch += " in training (evaluate the model.pth or backbone.pth beside it)"
     if unlike:
@@ -391,22 +462,31 @@ def interpret(path: str, content: dict) -> dict:
         kind += f", WITHOUT {parts}, which change its feature and which the networks here lack"
     state = {f"base.{name}": tensor for name, tensor in base.items()} | neck
     return {"format": "reid-model", "kind": kind, "model": state, "dropped": dropped,
-            "recipe": {"arch": arch, "size": size, "stride": stride, "mean": mean, "std": std,
-                       "neck_feat": neck_feat},
-            "third_party": True, "epoch": content.get("epoch"), "args": content.get("args")}
+            "recipe": recipe | {"arch": arch}, "origins": origins,
+            "epoch": content.get("epoch"), "args": content.get("args")}
 
 
-def normalisation(tensors: dict, reid_vit: bool, prefix: str) -> tuple[list, list]:
-    """Mean and std of the images that a network takes: what the file says, else what is usual."""
+def last_stride_of(tensors: dict) -> tuple[int, str]:
+    """Stride of a ResNet's last stage, which no tensor tells, and where that is from."""
+    names = "\n".join(tensors)
+    found = (stride for part, stride in STRIDES.items() if re.search(part, names, re.MULTILINE))
+    return next(found, (2, "assumed"))
+
+
+def normalisation(tensors: dict, reid_vit: bool, prefix: str) -> tuple[list, list, str]:
+    """Mean and std of the images that a network takes, and where they are from."""
     for name, tensor in tensors.items():
         if name.endswith("pixel_mean"):  # fast-reid's say theirs, of pixels up to 255
             std = tensors[name.removesuffix("mean") + "std"]
-            return (tensor.flatten() / 255).tolist(), (std.flatten() / 255).tolist()
-    # 0.5 for TransReID's and PersonViT's ViTs, and for timm's (a flat file with a classifier;
-    # DeiT's files are nested [from memory]); ImageNet's for all others
-    if reid_vit or not prefix and "head.weight" in tensors:
-        return [0.5] * 3, [0.5] * 3
-    return list(IMAGENET_MEAN), list(IMAGENET_STD)
+            return (tensor.flatten() / 255).tolist(), (std.flatten() / 255).tolist(), "in the file"
+    if reid_vit:
+        return [0.5] * 3, [0.5] * 3, "as TransReID's and PersonViT's"
+    if not prefix and "head.weight" in tensors and "dist_token" not in tensors:
+        return [0.5] * 3, [0.5] * 3, "assumed (timm's ViTs; DeiT's look alike: norm=imagenet)"
+    origin = "assumed"
+    if "encoder_q." in prefix:
+        origin = "assumed (LUPerson's: norm=lup)"
+    return list(IMAGENET_MEAN), list(IMAGENET_STD), origin
 
 
 def names_of_parts(unlike: dict) -> str:
@@ -418,24 +498,61 @@ def names_of_parts(unlike: dict) -> str:
     return f"{' and '.join(dict.fromkeys(kinds))} ({', '.join(names)})"
 
 
-def flatten(content: dict) -> dict[str, Tensor]:
+def flatten(content: dict) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of nested dictionaries under dotted names, without what DistributedDataParallel,
-    torch.compile and the like put into them, in whatever order; one that holds itself is no trap.
-    """
+    torch.compile and the like put into them, in whatever order, and the name of the dictionary
+    that each lies in; one that holds itself is no trap."""
     found = {}
+    homes = {}
     waiting = [("", content)]
     seen = set()
     for prefix, part in waiting:  # grows while it is gone through
         if id(part) in seen:
             continue
         seen.add(id(part))
-        for key, value in part.items():
+        for key, value in named_stages(part).items():
+            if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
+                value = torch.from_numpy(value)
             if isinstance(value, Tensor):
+                if value.element_size() == 1 and value.is_floating_point():
+                    value = value.float()  # PyTorch computes little with 8 bits
                 steps = f"{prefix}{key}".split(".")
-                found[".".join(step for step in steps if step not in WRAPPERS)] = value
+                name = ".".join(step for step in steps if step not in WRAPPERS)
+                found[name] = value
+                homes[name] = prefix
             elif isinstance(value, dict):
                 waiting.append((f"{prefix}{key}.", value))
-    return found
+    return found, homes
+
+
+def named_stages(part: dict) -> dict:
+    """A dictionary with torchvision's names for a ResNet that was saved as a numbered
+    nn.Sequential, as lightly and cluster-contrast do. fast-reid's MGN does, too, and its third
+    stage goes on in a branch, b1."""
+    matches = (re.fullmatch(r"(|.*\.)4\.0\.conv1\.weight", str(key)) for key in part)
+    roots = [match[1] for match in matches if match]
+    renamed = {}
+    for key, value in part.items():
+        name = str(key)
+        if "backbone.6.conv1.weight" in part:  # MGN
+            block = re.fullmatch(r"b1\.0\.(\d+)(.*)", name)
+            if block:
+                name = f"backbone.6.{int(block[1]) + 1}{block[2]}"
+            name = re.sub(r"^backbone\.6\.(?=\D)", "backbone.6.0.", name)
+            name = re.sub(r"^b1\.1\.", "backbone.7.", name)
+        for root in roots:
+            number, _, rest = name.removeprefix(root).partition(".")
+            if name.startswith(root) and number in STAGES:
+                name = f"{root}{STAGES[number]}.{rest}"
+        renamed[name] = value
+    return renamed
+
+
+def prefixes_of(tensors: dict) -> list[str]:
+    """Where networks begin: at a first block, but for those of a single stage of several."""
+    begins = (re.match(r"(|.*?\.)(?:blocks\.0|layer1\.0)\.", name) for name in tensors)
+    found = dict.fromkeys(match[1] for match in begins if match)
+    return [prefix for prefix in found if not re.search(r"(stages|layers)\.\d+\.$", prefix)]
 
 
 def choose_prefix(path: str, content: dict, tensors: dict) -> tuple[str, list[str]]:
@@ -444,12 +561,11 @@ def choose_prefix(path: str, content: dict, tensors: dict) -> tuple[str, list[st
     Wherever there is a first block there is a network; no wrapper or prefix need be known. Of a
     teacher and its student, a query and a key encoder the one counts that its authors use.
     """
-    begins = (re.match(r"(|.*?\.)(?:blocks\.0|layer1\.0)\.", name) for name in tensors)
-    found = list(dict.fromkeys(match[1] for match in begins if match))
+    found = prefixes_of(tensors)
     if not found:
         names = [str(name) for name in tensors or content]
         text = "\n".join(names)
-        whose = next((words for part, words in OTHERS.items() if part in text), "")
+        whose = next((words for part, words in OTHERS.items() if re.search(part, text)), "")
         raise InputError(f"{path}: holds no weights of a backbone under a name known here{whose}, "
                          f"first {', '.join(names[:3]) or 'nothing'}; nothing was loaded")
     meant = [prefix for prefix in found if MEANT.search(prefix)] or found
@@ -460,8 +576,14 @@ def choose_prefix(path: str, content: dict, tensors: dict) -> tuple[str, list[st
     return meant[0], [prefix for prefix in found if prefix != meant[0]]
 
 
-def sort_tensors(tensors: dict, prefix: str, twins: list[str]):
-    """(backbone, neck, names dropped, parts that the networks here lack) of all tensors."""
+def sort_tensors(tensors: dict, homes: dict, prefix: str, twins: list[str]):
+    """(backbone, neck, names dropped, parts that the networks here lack) of all tensors.
+
+    Numbers, integers, and what lies beside the dictionary that holds the network are no part of it,
+    unless UNLIKE knows them.
+    """
+    begins = (f"{prefix}blocks.0.", f"{prefix}layer1.0.")
+    home = next(homes[name] for name in tensors if name.startswith(begins))
     steps = prefix.split(".")
     beside = ".".join(steps[:-2] + [""])        # where TransReID's neck stands: "base." -> ""
     roots = tuple(root_of(twin.split("."), steps) for twin in twins)
@@ -471,11 +593,14 @@ def sort_tensors(tensors: dict, prefix: str, twins: list[str]):
     unlike = {}
     for name, tensor in tensors.items():
         short = name.removeprefix(prefix if name.startswith(prefix) else beside)
+        # MoCo's training files name their heads in many ways
+        unneeded = (DROPPED.fullmatch(short) or tensor.numel() == 1 or homes[name] != home
+                    or not tensor.is_floating_point() or "encoder_q." in prefix)
         if name.startswith(prefix) and BACKBONE.fullmatch(short):
             base[short] = tensor
         elif NECK.fullmatch(short):
-            neck[short] = tensor
-        elif name.startswith(roots) or DROPPED.fullmatch(short) and not name_part(short):
+            neck[short.replace("feat_bn.", "bottleneck.")] = tensor
+        elif name.startswith(roots) or unneeded and not name_part(short):
             dropped.append(short)
         else:
             unlike[short] = tensor
@@ -504,93 +629,147 @@ KINDS = {"reid-checkpoint": "training state of this project",
          "dino_loss": "DINO's training state: the teacher counts"}
 
 
-def kind_of(content: dict, prefix: str, neck: dict) -> str:
+def kind_of(content: dict, prefix: str) -> str:
     """What a file is, in words."""
     for key, kind in KINDS.items():
         if key in content or content.get("format") == key:
             return kind
     if "encoder_q." in prefix:
         return "MoCo's or LUPerson's training state: the query encoder counts"
-    if neck:
-        return "fine-tuned model of TransReID or PersonViT"
     if prefix:
         return f"backbone under {prefix}"
     return "bare backbone"
 
 
 def arch_of(base: dict[str, Tensor]) -> str:
-    """The name in evaluate.ARCHS of the network these tensors are of, by their shapes; else its
-    kind."""
+    """The network in ARCHS that has these widths and depths; else these, in words."""
     def count(start: str) -> int:
         return len({name.split(".")[1] for name in base if name.startswith(start)})
 
     if "cls_token" in base and "blocks.0.mlp.fc1.weight" in base:
         D = base["cls_token"].shape[-1]
         depth = count("blocks.")
-        if base["blocks.0.mlp.fc1.weight"].shape[0] != 4 * D:
-            return "a ViT of another MLP"
+        hidden = len(base["blocks.0.mlp.fc1.weight"])
+        p = base["patch_embed.proj.weight"].shape[-1]
         names = {(128, 6): "vit_mini", (192, 12): "vit_tiny", (384, 12): "vit_small",
                  (768, 12): "vit_base"}
-        return names.get((D, depth), f"a ViT of {depth} blocks, {D} wide")
+        if hidden == 4 * D and p == 16 and (D, depth) in names:
+            return names[D, depth]
+        return f"a ViT of {depth} blocks, {D} wide, its MLP {hidden}, with patches of {p} x {p}"
     if "layer1.0.conv3.weight" in base and "conv1.weight" in base:
         width = len(base["conv1.weight"])
+        inner, channels = base["layer1.0.conv2.weight"].shape[:2]
         depths = tuple(count(f"layer{i}.") for i in (1, 2, 3, 4))
-        names = {(64, (3, 4, 6, 3)): "resnet50", (32, (1, 1, 1, 1)): "resnet_tiny"}
-        return names.get((width, depths), f"a ResNet of {depths} blocks, {width} wide")
+        kind = "ResNet"
+        if inner != width:
+            kind = "wide ResNet"
+        if inner != channels:
+            kind = f"ResNeXt with {inner // channels} groups"
+        names = {"a ResNet of (3, 4, 6, 3) blocks, 64 wide": "resnet50",
+                 "a ResNet of (1, 1, 1, 1) blocks, 32 wide": "resnet_tiny"}
+        words = f"a {kind} of {depths} blocks, {width} wide"
+        return names.get(words, words)
+    if "layer1.0.conv2.weight" in base:
+        return "a ResNet of blocks of two convolutions (ResNet-18 or -34)"
     return "an unknown network"
 
 
 SIZES = ((256, 128), (384, 128), (224, 224), (384, 384), (128, 64))  # in use for ViT and people
 
 
-def positions_of(path: str, base: dict, unlike: dict) -> tuple[Tensor, tuple[int, int], int]:
+def positions_of(path: str, base: dict, unlike: dict,
+                 given: dict) -> tuple[Tensor, tuple[int, int], int]:
     """Position embeddings (1, 1 + N, D) of [CLS] and patches, the image size and the stride.
 
-    Of others' files only the number of positions is known. It is that of the first of SIZES with as
-    many patches, else the first with patches that overlap by a quarter (TransReID's stride 12 of
-    16), else of a square grid, or one twice as tall as wide [ours]. Other tokens may stand between
-    [CLS] and the patches (DeiT, timm), or [CLS] may have no position (timm), or its own (PASS).
+    Of others' files only the number of positions is known. It is that of the size and stride that
+    are given, else of the first of SIZES with as many patches, else the first with patches that
+    overlap by a quarter (TransReID's stride 12 of 16), else of a square grid, or one twice as tall
+    as wide [ours]. Other tokens may stand between [CLS] and the patches (DeiT, timm), or [CLS] may
+    have no position (timm), or its own (PASS).
     """
     pos = base["pos_embed"]
-    p = base["patch_embed.proj.weight"].shape[-1]
+    channels, p = base["patch_embed.proj.weight"].shape[1::2]
+    if channels != 3:
+        raise InputError(f"{path}: its patches are of {channels} channels, not of RGB: it has "
+                         f"another stem, of convolutions (TransReID-SSL's and CION's ICS), which "
+                         f"the networks here lack; nothing was loaded")
     if pos.ndim != 3 or len(pos) != 1:
         raise InputError(f"{path}: pos_embed of shape {tuple(pos.shape)} is not (1, positions, "
                          f"width); nothing was loaded")
     more = sum(unlike[k].shape[1] for k in ("dist_token", "reg_token") if k in unlike)
-    count = pos.shape[1]
     first = pos[:, :1]
-    for n in (count - 1 - more, count - 1):
-        found = grid_of(n, p)
-        if found and n < count - 1:
-            pos = torch.cat([first, pos[:, count - n:]], dim=1)
-        if found:
-            return pos, *found
-    found = grid_of(count, p)
-    if found and found[0] in SIZES:
-        first = unlike.get("cls_pos", torch.zeros_like(first))
-        return torch.cat([first, pos], dim=1), *found
+    for others in (1 + more, 1, 0):  # positions that are no patch's
+        found = grid_of(pos.shape[1] - others, p, given)
+        if not others:
+            first = unlike.get("cls_pos", torch.zeros_like(first))
+        if found and (others or found[0] in SIZES):
+            return torch.cat([first, pos[:, others:]], dim=1), *found
     raise InputError(f"{path}: pos_embed of shape {tuple(pos.shape)} fits no grid of patches after "
-                     f"one [CLS] token; nothing was loaded")
+                     f"one [CLS] token: evaluate.py --as size=HEIGHTxWIDTH says which; nothing was "
+                     f"loaded")
 
 
-def grid_of(n: int, p: int) -> tuple[tuple[int, int], int] | None:
+def grid_of(n: int, p: int, given: dict) -> tuple[tuple[int, int], int] | None:
     """Image size and stride by which there are n patches of p pixels."""
     side = math.isqrt(max(n, 0)) * p
     half = math.isqrt(max(n, 0) // 2) * p
-    guesses = [(size, p) for size in SIZES]
-    guesses += [(size, max(3 * p // 4, 1)) for size in SIZES]
+    strides = [p, max(3 * p // 4, 1)]
+    if "stride" in given:
+        strides.insert(0, given["stride"])
+    guesses = [(size, stride) for stride, size in itertools.product(strides, SIZES)]
     guesses += [((side, side), p), ((2 * half, half), p)]
-    for (H, W), stride in guesses:
-        rows = (H - p) // stride + 1
-        columns = (W - p) // stride + 1
+    if "size" in given:
+        guesses = [(given["size"], stride) for stride in strides] + guesses
+    for size, stride in guesses:
+        rows, columns = patches_of(size, p, stride)
         if min(rows, columns) > 0 and rows * columns == n:
-            return (H, W), stride
+            return size, stride
     return None
 
 
 # ---------------------------------------------------------------------------------------------
-# Saying what was understood: evaluate.py --inspect
+# Using it otherwise, and saying what was understood: evaluate.py --as, --inspect
 # ---------------------------------------------------------------------------------------------
+
+SIDE = "(1[6-9]|[2-9][0-9]|[1-9][0-9]{2,3})"  # 16 to 9999
+SETTINGS = {"size": f"{SIDE}x{SIDE}", "norm": "imagenet|half|lup", "neck": "before|after",
+            "stride": "[1-9]|1[0-6]", "last_stride": "[12]"}
+
+
+def check_settings(given: dict) -> dict:
+    """Settings of `use_as`, texts or values, as values. Raises InputError for a wrong one."""
+    values = {}
+    for name, value in given.items():
+        text = re.sub(r"\W+", "x", str(value)).strip("x")  # of (256, 128): 256x128
+        if not re.fullmatch(SETTINGS.get(name, "!"), text):
+            raise InputError(f"{name}={value}: must be one of size=256x128 or another from 16x16, "
+                             f"norm=imagenet, half or lup, neck=before or after, stride=1 to 16, "
+                             f"last_stride=1 or 2")
+        values[name] = text
+        if name == "size":
+            values[name] = tuple(map(int, text.split("x")))
+        elif name.endswith("stride"):
+            values[name] = int(text)
+    return values
+
+
+def use_as(path: str | Path, file: dict, given: dict) -> None:
+    """Change how a file is used as a model: size (H, W), norm (a name in NORMS), neck ("before",
+    "after"), stride (of a ViT), last_stride (of a ResNet). Raises InputError for what this network
+    has not."""
+    recipe = file["recipe"]
+    there = {"stride": file["grid"], "last_stride": not file["grid"], "neck": file["neck"]}
+    for name, value in given.items():
+        if not there.get(name, True):
+            raise InputError(f"{path}: {name}={value}: {recipe['arch']}, as it is in this file, "
+                             f"has no {name} that could be changed")
+        file["origins"] = file["origins"] | {name: "as given"}
+        if name == "norm":
+            recipe["mean"], recipe["std"] = map(list, NORMS[value])
+        elif name == "neck":
+            recipe["neck_feat"] = value
+        else:
+            recipe[name] = value
 
 
 def describe(path: str | Path, file: dict) -> str:
@@ -601,24 +780,25 @@ def describe(path: str | Path, file: dict) -> str:
     numbers = sum(tensor.numel() for tensor in base.values())
     lines = [f"{path}: {file['kind']}",
              f"  backbone  {recipe['arch']}, {len(base)} tensors, {numbers:,} numbers"]
+    if recipe["arch"] in ARCHS:
+        net = build_backbone(recipe["arch"], recipe["size"], stride=recipe["stride"])
+        differ = differences(shapes(net.state_dict()), shapes(resize_positions(file, net)[0]))
+        if differ:
+            lines.append(f"            but {len(differ)} tensors are not {recipe['arch']}'s, first "
+                         f"{differ[0]}")
     if file["grid"]:
-        stride = recipe["stride"] or base["patch_embed.proj.weight"].shape[-1]
-        sure = "as the file says"
-        if "third_party" in file:
-            sure = "inferred from their number"
-        lines.append("  positions {}x{} patches at stride {}, image {}x{} ({})".format(
-            *file["grid"], stride, *recipe["size"], sure))
+        lines.append("  positions of {}x{} patches".format(*file["grid"]))
     if file["neck"]:
         shown = [f"{name} {tuple(tensor.shape)}" for name, tensor in file["neck"].items()]
         lines.append(f"  head      {', '.join(shown)}")
-    lines.append(f"  normalise mean {tuple(recipe['mean'])}, std {tuple(recipe['std'])}")
+    lines.append(f"  used      {usage(file)}")
     if isinstance(file.get("epoch"), int):
         lines.append(f"  epoch     {file['epoch']}")
     dropped = file["dropped"]
     lines.append(f"  not used  {len(dropped)} tensors")
     if dropped:
         lines[-1] += f": {', '.join(dropped[:6])}"
-    if "third_party" not in file:
+    if "args" not in file:  # ours
         lines += values_of("recipe", recipe)
     if isinstance(file.get("args"), argparse.Namespace):
         lines += values_of("args", vars(file["args"]))
@@ -630,10 +810,34 @@ def values_of(title: str, values: dict) -> list[str]:
     return [f"  {title}.{key} = {value!r:.200}" for key, value in sorted(values.items(), key=str)]
 
 
-def usage(recipe: dict) -> str:
-    """How `load_model` uses a file, in a line."""
+def usage(file: dict) -> str:
+    """How a file is used as a model, and what of that it does not say itself."""
+    recipe = file["recipe"]
+    norm = tuple(recipe["mean"]), tuple(recipe["std"])
+    size = "{}x{}".format(*recipe["size"])
     feature = f"{recipe['neck_feat']} the neck, L2-normalised"
     if recipe["neck_feat"] == "none":
         feature = "of the backbone, L2-normalised (WARNING: not fine-tuned for ReID)"
-    return (f"{recipe['arch']} at {recipe['size'][0]}x{recipe['size'][1]}, feature {feature}, mean "
-            f"{tuple(recipe['mean'])}, std {tuple(recipe['std'])}")
+    text = f"at {size}, feature {feature}, mean {norm[0]}, std {norm[1]}"
+    values = recipe | {"size": size, "neck": recipe["neck_feat"], "norm": "its own"}
+    values |= {"norm": name for name, known in NORMS.items() if known == norm}
+    for name, origin in file["origins"].items():
+        text += f"; {name}={values[name]} {origin}"
+    if file["origins"]:
+        text += "; evaluate.py --as NAME=VALUE ... changes these"
+    return text
+
+
+def with_origin(dataset, weights: str):
+    """A dataset with people held out, whose `people` say so where the network of a weights file may
+    have seen these in training. Raises InputError if that was on the same dataset with other people
+    held out, or none."""
+    run = read_weights(weights).get("run", {})
+    there = run.get("dataset", "unknown data")
+    people = run.get("people", "")
+    if there == dataset.name and people.startswith(dataset.people):
+        return replace(dataset, people=people)
+    if there == dataset.name != "folder":
+        raise InputError(f"{weights}: trained on {there} without the same --held-out, so it may "
+                         f"have seen people who are held out here")
+    return replace(dataset, people=f"{dataset.people}, weights trained on {there}")

@@ -22,7 +22,8 @@ def use(args: argparse.Namespace, model: nn.Module, recipe: dict, run: dict) -> 
 
     if args.compare:
         (a, b), _ = features(args.compare)
-        print(f"cosine similarity {float(a @ b):.4f}; {explain_similarity(args.weights)}")
+        similarity = float(a @ b)
+        print(f"cosine similarity {similarity:.4f}; {explain_similarity(args.weights, similarity)}")
     elif args.extract:
         paths = readable(args.extract, args.skip_bad)
         feats = features(paths)[0].numpy()                                   # (N, D)
@@ -75,14 +76,35 @@ def search(args: argparse.Namespace, features) -> None:
         pictures.draw_search(args.ranks, title, args.query, best)
 
 
-def explain_similarity(weights: str) -> str:
-    """What similarities of this model mean, if its run was evaluated."""
-    results = Path(weights).parent / "results.json"
+def explain_similarity(weights: str, similarity: float | None = None) -> str:
+    """What similarities of this model mean, and a pair's own, if its run was evaluated."""
+    file = Path(weights).parent / "results.json"
     note = "a threshold needs calibration on pairs of your own cameras"
     try:
-        ranges = json.loads(results.read_text())["similarity"]
-        same, other = ranges["same"], ranges["other"]
+        results = json.loads(file.read_text())
+        if "verification" in results:
+            return f"{explain_threshold(results['verification'], similarity)}; {note}"
+        same = results["similarity"]["same"]     # a run of an earlier version
+        other = results["similarity"]["other"]
         return (f"{note}; on its evaluation set 90 % of pairs of the same person lay in "
                 f"{same[0]} .. {same[2]}, of different people in {other[0]} .. {other[2]}")
-    except (OSError, ValueError, LookupError, TypeError):
-        return f"{note}; no evaluation of this model is known (no {results})"
+    except (OSError, ValueError, LookupError, TypeError, OverflowError):
+        return f"{note}; no evaluation of this model is known (no {file})"
+
+
+def explain_threshold(found: dict, similarity: float | None) -> str:
+    """Where an `evaluate.Verification` had the threshold, and on which side of it a pair lies."""
+    t = found["threshold"]
+    same = found["false_reject"]
+    other = 1 - found["false_accept"]
+    text = (f"on {found['people']} both error rates were nearest at a threshold of {t:.4f} (EER "
+            f"{found['eer']:.2%})")
+    if similarity is None:
+        return text
+    side = "below"
+    if similarity >= t:
+        side = "at or above"
+        same = 1 - same
+        other = 1 - other
+    return (f"{text}: this pair lies {side} it, as did {same:.2%} of {found['same_pairs']:,} pairs "
+            f"of one person and {other:.2%} of {found['other_pairs']:,} of two")

@@ -1,5 +1,5 @@
 """Pictures (PNG, by Pillow alone): rank lists; attention, clusters and correspondence of patches;
-curves, studies.
+what a training sees; curves, studies.
 
 There are two functions for each kind: `draw_...` computes what a picture shows of a dataset and a
 model, or of run folders; `..._page` lays out plain values and decides nothing. Rankings are made of
@@ -19,7 +19,8 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
 
-from data import Record, normalize
+from data import (Images, PKSampler, Record, ShuffleSampler, erasing_noise, normalize,
+                  some_identities)
 from extra.files import InputError, read_image, write_atomic
 from extra.flags import PATCHES
 from personvit import VisionTransformer
@@ -50,11 +51,12 @@ class Sheet:
         return (GAP + column * (W + GAP) + (GAP if column else 0),
                 HEAD + row * (H + LABEL + GAP))
 
-    def paste(self, pixels: Tensor, column: int, row: int, text: str = "", color=None) -> None:
-        """uint8 (3, h, w) into a cell, framed in color."""
+    def paste(self, pixels: Tensor, column: int, row: int, text: str = "", color=None,
+              size=(W, H)) -> None:
+        """uint8 (3, h, w) into a cell, framed in color; size: in pixels of the page."""
         x, y = self.place(column, row)
         picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-        self.image.paste(picture.resize((W, H), Image.Resampling.NEAREST), (x, y))
+        self.image.paste(picture.resize(size, Image.Resampling.NEAREST), (x, y))
         if color:
             self.draw.rectangle((x - 3, y - 3, x + W + 2, y + H + 2), outline=color, width=3)
         self.text(x, y + H + 3, text)
@@ -113,8 +115,9 @@ def draw_ranks(file: str | Path, dataset, result, q, g, rows: int = 8, columns: 
     left_out = "same person from same camera" if cameras else "the query image itself"
     legend = "c3 0.123 = camera 3, cosine distance " if dataset.has_cameras else "cosine distance "
     G = len(g.pids)
+    chosen = f"{len(table)} of {len(valid):,} valid queries, evenly spread, good and bad"
     rank_page(file, f"{dataset.name}: nearest {min(columns, G)} of {G:,} gallery images; "
-                    f"{left_out} left out", f"{legend}0.123", table)
+                    f"{left_out} left out", f"{legend}0.123; {chosen}", table)
 
 
 def draw_search(file: str | Path, title: str, query: str, best: list[tuple[str, float]]) -> None:
@@ -207,20 +210,15 @@ def cls_attention(vit: VisionTransformer, x: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def patch_clusters(vit: VisionTransformer, x: Tensor, count: int = 8,
-                   seed: int = 0) -> tuple[Tensor, Tensor]:
+def patch_clusters(vit: VisionTransformer, x: Tensor, count: int = 8, seed: int = 0) -> Tensor:
     """k-means over the patch tokens of all images at once [ours]: cluster of each patch
-    (B, rows, columns), and its cosine similarity to the cluster's centre, of the same shape."""
+    (B, rows, columns)."""
     tokens = F.normalize(vit.forward_features(x)[:, 1:].float(), dim=-1)     # (B, N, D)
     points = tokens.flatten(0, 1).cpu().numpy().astype(np.float64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # empty clusters, where patches are all alike
-        centres, found = kmeans2(points, min(count, len(points)), minit="++", seed=seed)
-    centres = np.nan_to_num(centres)
-    centres = centres / np.linalg.norm(centres, axis=1, keepdims=True).clip(1e-12)
-    typical = (points * centres[found]).sum(1)
-    shape = (len(x), *vit.grid_of(*x.shape[2:]))
-    return torch.from_numpy(found).view(shape), torch.from_numpy(typical).view(shape)
+        _, found = kmeans2(points, min(count, len(points)), minit="++", seed=seed)
+    return torch.from_numpy(found).view(len(x), *vit.grid_of(*x.shape[2:]))
 
 
 def draw_attention(file: str | Path, dataset, model: nn.Module, recipe: dict, n: int = 6) -> None:
@@ -234,19 +232,9 @@ def draw_clusters(file: str | Path, dataset, model: nn.Module, recipe: dict, n: 
     """Which patches of n people are alike to the network."""
     vit = vit_of(model)
     images, x = read_people(dataset, n, recipe)
-    clusters, typical = patch_clusters(vit, x)
-    examples, shares = [], []
-    for c in range(int(clusters.max()) + 1):
-        own = torch.where(clusters == c, typical, -torch.inf).flatten()
-        best = own.topk(min(12, len(own)))
-        places = [np.unravel_index(int(i), clusters.shape)
-                  for i, value in zip(best.indices, best.values) if value > -torch.inf]
-        examples.append([images[i, :, r * vit.stride:r * vit.stride + vit.patch_size,
-                                k * vit.stride:k * vit.stride + vit.patch_size]
-                         for i, r, k in places])
-        shares.append(float((clusters == c).float().mean()))
-    cluster_page(file, f"{dataset.name}: patch tokens in {len(shares)} clusters", images, clusters,
-                 examples, shares)
+    clusters = patch_clusters(vit, x)
+    title = f"{dataset.name}: patch tokens in {int(clusters.max()) + 1} clusters"
+    cluster_page(file, title, images, clusters)
 
 
 @torch.inference_mode()
@@ -330,45 +318,85 @@ def attention_page(file: str | Path, title: str, images: Tensor, attention: Tens
     save(sheet.image, file)
 
 
-def cluster_page(file: str | Path, title: str, images: Tensor, clusters: Tensor,
-                 examples: list[list[Tensor]], shares: list[float]) -> None:
-    """Above: people and, beneath each, their patches coloured by cluster. Below: a row per cluster,
-    its colour, its share of all patches, and its most typical patches.
-
-    images uint8 (n, 3, h, w), clusters (n, rows, columns) of 0 .. C - 1, examples[c] uint8 patches.
-    """
-    n, C = len(images), len(examples)
-    per_row, size = min(n, 10), 40
+def cluster_page(file: str | Path, title: str, images: Tensor, clusters: Tensor) -> None:
+    """People and, beneath each, their patches coloured by cluster. images uint8 (n, 3, h, w),
+    clusters (n, rows, columns) from 0."""
+    n = len(images)
+    per_row = min(n, 10)
     sheet = Sheet(per_row, 2 * math.ceil(n / per_row), title)
-    below = sheet.image.height
-    page = Image.new("RGB", (max(sheet.image.width, 760), below + 24 + C * (size + 8)), "white")
     sheet.text(GAP, 6, title)
     sheet.text(GAP, 24, "people, and the same people with each patch in the colour of its cluster")
-    colors = images.new_tensor([PALETTE[c % len(PALETTE)] for c in range(C)])
+    colors = images.new_tensor(PALETTE)
     for i in range(n):
         column, row = i % per_row, i // per_row * 2
         sheet.paste(images[i], column, row)
-        paint = colors[upscale(clusters[i].float(), images.shape[2:]).long()].permute(2, 0, 1)
-        shade = images[i].float().mean(0, keepdim=True)  # faint, for colours like those below
+        paint = colors[upscale(clusters[i], images.shape[2:]).long()].permute(2, 0, 1)
+        shade = images[i].float().mean(0, keepdim=True)
         sheet.paste((0.15 * shade + 0.85 * paint.float()).to(images.dtype), column, row + 1)
-    page.paste(sheet.image, (0, 0))
-    draw = ImageDraw.Draw(page)
-    draw.text((GAP, below), "clusters: share of all patches, most typical patches", INK, sheet.font)
-    for c in range(C):
-        y = below + 24 + c * (size + 8)
-        draw.rectangle((GAP, y, GAP + size, y + size), fill=PALETTE[c % len(PALETTE)])
-        share = f"{shares[c]:.0%}" if shares[c] >= 0.005 else "<1%"
-        draw.text((GAP + size + 8, y + 12), share, INK, sheet.font)
-        for k, patch in enumerate(examples[c]):
-            picture = Image.fromarray(patch.permute(1, 2, 0).contiguous().numpy())
-            page.paste(picture.resize((size, size)), (GAP + size + 56 + k * (size + 6), y))
-    save(page, file)
+    save(sheet.image, file)
 
 
 def upscale(grid: Tensor, size: tuple[int, int]) -> Tensor:
     """(rows, columns) -> (H, W): every pixel takes its patch's value."""
     rows, columns = (np.arange(n) * m // n for n, m in zip(size, grid.shape))
     return grid[rows][:, columns]
+
+
+# ---------------------------------------------------------------------------------------------
+# What a training sees
+# ---------------------------------------------------------------------------------------------
+
+
+def first_views(dataset, recipe, transform) -> dict[str, Tensor]:
+    """What train.py's loop makes, on a CPU, of the images of step 0, by name: "image" (B, 3, H, W)
+    and the views of a pre-training with its "masks"; or "augmented" (B, 3, H, W)."""
+    records = dataset.train
+    draw = getattr(recipe, "draw", None)
+    if draw:
+        sampler = ShuffleSampler(len(records), recipe.batch, recipe.seed)
+    else:
+        records = some_identities(records, recipe.labelled, recipe.seed)
+        sampler = PKSampler([record.pid for record in records], recipe.ids, recipe.images,
+                            recipe.seed)
+    batch = Images(records, transform, recipe.seed, draw).__getitems__(next(iter(sampler)))
+    images = batch["images"]
+    inputs = [images, batch["params"]]
+    if draw:
+        views = {"image": normalize(images, transform.mean, transform.std), **transform(*inputs)}
+        if "masks" in batch:
+            views["masks"] = batch["masks"]
+        return views
+    if recipe.erase == "noise":
+        inputs.append(erasing_noise(images, recipe.seed, 0))
+    return {"augmented": transform(*inputs)}
+
+
+def draw_sheet(file: str | Path, dataset, recipe, transform) -> None:
+    """Four images of step 0 and their views, a row each: masked patches are shaded, local views in
+    proportion, stripes below one another. Fine-tuning: a row for each identity."""
+    rows = getattr(recipe, "ids", 4)
+    columns = []                                                             # (B, 3, h, w) each
+    for name, view in first_views(dataset, recipe, transform).items():
+        if name == "augmented":
+            columns += view.unflatten(0, (rows, -1)).unbind(1)
+        elif name == "masks":
+            light = 1 - 0.8 * F.interpolate(view.float(), recipe.size)       # (2, B, H, W)
+            columns[1:3] = torch.stack(columns[1:3]) * light[:, :, None]
+        elif name.startswith("stripes"):
+            apart = F.pad(view, (0, 0, 0, 4), value=9.0)                     # (B, M, 3, h + 4, w)
+            columns.append(apart.transpose(1, 2).flatten(2, 3))
+        elif view.ndim == 5:
+            columns += view
+        else:
+            columns.append(view)
+    sheet = Sheet(len(columns), rows, "")
+    mean, std = torch.tensor([transform.mean, transform.std])[:, :, None, None]
+    for column, view in enumerate(columns):
+        w = W * view.shape[3] // recipe.size[1]                              # of local views: half
+        for row, picture in enumerate(view[:rows]):
+            pixels = (picture * std + mean) * 255
+            sheet.paste(pixels.clamp(0, 255).byte(), column, row, size=(w, 2 * w))
+    save(sheet.image, file)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -445,41 +473,6 @@ def curve_page(file: str | Path, panels: list[tuple[str, str, str, dict]]) -> No
         draw.rectangle((left, y + 3, left + 14, y + 11), fill=PALETTE[i % len(PALETTE)])
         shown = name if len(name) <= 60 else "..." + name[-57:]
         draw.text((left + 22, y), shown, INK, font)
-    save(page, file)
-
-
-def draw_dots(file: str | Path, title: str, groups: dict[str, dict[str, list[float]]]) -> None:
-    """A row per name: a dot for each of its values, a bar at their mean. groups: {heading: {name:
-    values}}; a name has one colour in all groups."""
-    font, w, line = ImageFont.load_default(12), 460, 22
-    names = list(dict.fromkeys(name for rows in groups.values() for name in rows))
-    left = 4 * GAP + int(max(font.getlength(name) for name in names))
-    values = [v for rows in groups.values() for vs in rows.values() for v in vs]
-    marks = ticks(min(values), max(values))
-    lines = sum(1 + len(rows) for rows in groups.values())
-    x1, y1 = left + w, HEAD + lines * line
-    page = Image.new("RGB", (max(x1, int(font.getlength(title))) + 2 * GAP, y1 + 2 * GAP), "white")
-    draw = ImageDraw.Draw(page)
-    draw.text((GAP, 12), title, INK, font)
-
-    def place(value: float) -> float:
-        return left + (value - marks[0]) / (marks[-1] - marks[0]) * w
-
-    for mark in marks:
-        draw.line((place(mark), HEAD, place(mark), y1), (225, 225, 225))
-        draw.text((place(mark), y1 + 4), f"{mark:g}", INK, font, anchor="ma")
-    y = HEAD
-    for heading, rows in groups.items():
-        draw.text((GAP, y + 4), heading, GREY, font)
-        for name, vs in rows.items():
-            y += line
-            color = PALETTE[names.index(name) % len(PALETTE)]
-            draw.text((2 * GAP, y + 4), name, INK, font)
-            mean, middle = place(sum(vs) / len(vs)), y + line // 2
-            draw.line((mean, middle - 8, mean, middle + 8), color, 3)
-            for x in map(place, vs):
-                draw.ellipse((x - 4, middle - 4, x + 4, middle + 4), outline=color, width=2)
-        y += line
     save(page, file)
 
 

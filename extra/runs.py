@@ -103,18 +103,23 @@ def networks(module: nn.Module) -> list[nn.Module]:
     return [m for m in module.modules() if hasattr(m, "forward_features")]
 
 
-def compiled(module: nn.Module, make_views, runtime: Runtime):
-    """`make_views` as one compiled graph, and in place each network of the module, one for each
-    shape of its input: a GPU would else wait for Python to launch operation after operation. Heads
-    and losses stay as they are: how many patches are masked differs from step to step."""
+def compile_networks(module: nn.Module, runtime: Runtime) -> None:
+    """Compile each network of a module in place, one graph for each shape of its input: a GPU would
+    else wait for Python to launch operation after operation. Heads and losses stay as they are: how
+    many patches are masked differs from step to step."""
     if not runtime.backend:
-        return make_views
-    how = {"backend": runtime.backend, "fullgraph": True, "dynamic": False}
+        return
     for net in networks(module):
         # SyncBatchNorm makes no graph (PyTorch's issue 156680)
         if not any(isinstance(m, nn.SyncBatchNorm) for m in net.modules()):
-            net.forward_features = torch.compile(net.forward_features, **how)
-    return torch.compile(make_views.__call__, **how)
+            net.forward_features = compiled(net.forward_features, runtime)
+
+
+def compiled(function, runtime: Runtime):
+    """The function as a graph, where the runtime compiles."""
+    if not runtime.backend:
+        return function
+    return torch.compile(function, backend=runtime.backend, fullgraph=True, dynamic=False)
 
 
 def usable_bfloat16(wanted: bool, module: nn.Module, images, sampler, run) -> bool:
@@ -233,8 +238,6 @@ def stop_requests():
 
 def any_process(stop: list) -> bool:
     """Is one of the processes asked to stop? All learn it after the same step."""
-    if not dist.is_initialized():
-        return bool(stop)
     return any(all_gather_object(bool(stop)))
 
 
@@ -294,7 +297,7 @@ class Meter:
             values[name] = total / (self.counts[name] * self.world)
         if not math.isfinite(values["total"] + values["grad_norm"]):
             raise InputError(f"the loss or its gradient is not finite at step {done} or just "
-                             f"before; the last good state is in {self.run.latest()}; start anew "
+                             f"before; the last good state: {self.run.latest()}; start anew "
                              f"with a lower --lr or --no-bf16, and another --out")
         self.broken = set().union(*all_gather_object(self.broken))
         if len(self.broken) > 0.01 * len(self.records):
@@ -354,7 +357,7 @@ class Run:
 
     def latest(self) -> str:
         """Where the latest state is."""
-        return str((self.checkpoints() or ["nowhere"])[0])
+        return str((self.checkpoints() or ["none saved"])[0])
 
     def compare(self) -> None:
         """Raise InputError unless the folder is empty, this run's, or may be overwritten."""
@@ -370,8 +373,11 @@ class Run:
 
     def changes(self, old: dict) -> list[str]:
         """How a recipe differs from this run's."""
-        return [f"{key}: {old.get(key)} there, {self.recipe.get(key)} now"
-                for key in sorted({*old, *self.recipe}) if old.get(key) != self.recipe.get(key)]
+        usual = {"people": "the test set"}  # of earlier versions, which held nobody out
+        old = usual | old
+        new = usual | self.recipe
+        return [f"{key}: {old.get(key)} there, {new.get(key)} now"
+                for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
 
     @contextlib.contextmanager
     def begin(self):
@@ -412,7 +418,7 @@ class Run:
             if isinstance(content, bytes):
                 handle.write(content)
             else:
-                torch.save(content, handle)
+                torch.save(content | {"run": self.recipe}, handle)  # what it was made by
 
         if self.writes:
             write_atomic(self.folder / name, write)
@@ -427,7 +433,7 @@ class Run:
         states = {name: part.state_dict() for name, part in parts.items()}
         self.save(f"checkpoint_{step:09d}.pth", {
             "format": "reid-checkpoint", "step": step, "seconds": self.seconds, "log_size": size,
-            "run": self.recipe, **states})
+            **states})
         if self.writes:
             for path in self.checkpoints()[2:]:
                 path.unlink()
@@ -546,7 +552,7 @@ def open_run(out, recipe, dataset, overwrite: bool, runtime: Runtime, weights=No
         content = hashlib.blake2b(Path(weights).read_bytes(), digest_size=6)
         weights = f"{Path(weights).name} {content.hexdigest()}"
     described = asdict(recipe) | {"dataset": dataset.name, **more, "weights": weights,
-                                  "data": dataset.fingerprint()}
+                                  "data": dataset.fingerprint(), "people": dataset.people}
     run = Run(out, described, overwrite, runtime.rank)
     print(f"run {run.folder}:", *(f"{key}={value}" for key, value in described.items()))
     compiling = "eager: nothing is compiled"

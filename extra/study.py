@@ -30,16 +30,12 @@ from typing import get_args, get_type_hints
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor
 
-from data import NAMES, PKSampler, Record, ShuffleSampler, load_dataset, some_identities
-from evaluate import build_backbone, evaluate, load_model, load_weights, rank_features
-from extra.bench import staged
-from extra.files import InputError, command_line, read_image
+from data import NAMES, PKSampler, ShuffleSampler, load_dataset, some_identities
+from evaluate import build_backbone, evaluate, load_model, load_weights
+from extra.files import InputError, command_line
 from extra.flags import check_values, device_name, has_bfloat16, two_numbers, usual_device
-from extra.pictures import draw_dots, draw_ranks
+from extra.pictures import draw_ranks
 from extra.runs import Runtime, choose_backend, cores, open_run
 from train import METHODS, Recipe, build_objective, fine_tune_and_evaluate, pretrain, stored
 
@@ -225,21 +221,6 @@ def some_images(records, share: float, seed: int):
     return [records[i] for i in sorted(order)]
 
 
-def say_how_long(rows: list[Row], dataset, runtime: Runtime) -> None:
-    """Minutes of the trainings of one seed on this machine, by a few steps of each kind."""
-    minutes = 0.0
-    speeds = {}
-    work = {(row.method, row.before, row.share) for row in rows if row.before}  # once for all rows
-    for name, recipe, share in [*work, *(("", row.recipe, row.recipe.labelled)
-                                         for row in rows)]:
-        key = name, recipe.arch, recipe.size
-        if key not in speeds:
-            speeds[key] = staged(name, dataclasses.replace(recipe, epochs=99), dataset,
-                                 runtime.device, 5, runtime.backend).lines["both"]["img_s"]
-        minutes += recipe.epochs * share * len(dataset.train) / speeds[key] / 60
-    print(f"the trainings will take about {minutes:.0f} minutes here, a seed")
-
-
 def file_name(text: str) -> str:
     return re.sub(r"[^\w.-]+", "_", text)
 
@@ -259,61 +240,24 @@ def check(rows: list[Row], dataset) -> None:
 
 def study(name: str, dataset, seeds: list[int], given: dict, out: Path, overwrite: bool,
           runtime: Runtime) -> None:
-    """All rows of a study over all seeds, a table after each seed, a picture at the end."""
+    """All rows of a study over all seeds, a table after each seed; of the demo a rank list, too."""
     start = time.perf_counter()
-    pictures = [out / f"{name}.png"] + [out / "ranks.png"] * (name == "demo")
-    taken = [p.name for p in pictures if p.exists()]
-    if taken and not overwrite and not any(out.glob(f"*_{file_name(RANDOM)}_*/recipe.json")):
-        raise InputError(f"{out} is no study's folder, and {' and '.join(taken)} in it would be "
-                         f"replaced; choose another with --out")
     for seed in seeds:
         check(rows_of(name, dataset, seed, given), dataset)
-    if name == "evidence":
-        say_how_long(rows_of(name, dataset, seeds[0], given), dataset, runtime)
-    table = untrained(dataset, runtime) if name == "demo" else {}
+    table: dict = {}
     for number, seed in enumerate(seeds, 1):
         rows = rows_of(name, dataset, seed, given)
         done = run_rows(rows, dataset, out, overwrite, runtime)
         for key, (results, _) in done.items():
             table.setdefault(key, []).append(results)
         print_table(table, heading(dataset, rows, seeds[:number]))
-    groups = {group: {name: [100 * r["mAP"] for r in results] for (other, name), results in
-                      table.items() if other == group} for group, _ in table}
-    draw_dots(pictures[0], f"{name} on {dataset.name}: mAP in % of each seed, and the mean", groups)
-    print(f"\npicture in {pictures[0]}; {(time.perf_counter() - start) / 60:.1f} minutes")
+    print(f"\n{(time.perf_counter() - start) / 60:.1f} minutes")
     if name == "demo":
         best, (_, folder) = max(done.items(), key=lambda item: item[1][0]["mAP"])
         model, recipe = load_model(str(folder / "model.pth"))
-        draw_ranks(pictures[1], dataset, *evaluate(model, dataset, recipe, workers=runtime.workers))
-        print(f"rank list of {', '.join(best)} in {pictures[1]}")
-
-
-def untrained(dataset, runtime: Runtime) -> dict:
-    """Baselines of the demo: colours alone, and a network that has learnt nothing."""
-    colours = rank_features(*(x for part in (dataset.query, dataset.gallery) for x in (
-        colour_histograms(part), [r.pid for r in part], [r.camid for r in part])))
-    torch.manual_seed(0)
-    recipe = Recipe.preset("synthetic")  # the usual size, whatever --size says
-    # without BNNeck: a fresh one would change no ranking
-    network, _, _ = evaluate(build_backbone(recipe.arch, recipe.size), dataset,
-                             stored(recipe, dataset), workers=runtime.workers)
-    return {("no training", name): [result.numbers()]
-            for name, result in (("colour histogram", colours), (recipe.arch, network))}
-
-
-def colour_histograms(records: list[Record], size=(128, 64), bins: int = 8) -> Tensor:
-    """What colour alone can do: (N, bins^3), L2-normalised.
-
-    A joint RGB histogram of the whole image; the square root makes the dot product the
-    Bhattacharyya coefficient, under which large plain areas do not drown everything else.
-    """
-    features = []
-    for record in records:
-        image = read_image(record.path, size, Image.Resampling.BILINEAR)
-        r, g, b = image.long() * bins // 256                                 # (H, W) each
-        counts = torch.bincount((r * bins * bins + g * bins + b).flatten(), minlength=bins ** 3)
-        features.append(counts.float().sqrt())
-    return F.normalize(torch.stack(features), dim=1)
+        found = evaluate(model, dataset, recipe, workers=runtime.workers)
+        draw_ranks(folder / "ranks.png", dataset, *found)
+        print(f"it is the rank list of {', '.join(best)}")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -18,11 +18,13 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from PIL import Image  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data import load_dataset, make_synthetic  # noqa: E402  (these are found through the line above)
+from extra.files import read_image  # noqa: E402
 from stress import log_lines, market_tree, start_script, write_image  # noqa: E402
 
 __all__ = ["log_lines", "market_tree", "write_image"]
@@ -74,6 +76,21 @@ def doubles(monkeypatch):
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+def colour_histograms(records, size=(128, 64), bins: int = 8) -> torch.Tensor:
+    """What colour alone can do: (N, bins^3), L2-normalised.
+
+    A joint RGB histogram of the whole image; the square root makes the dot product the
+    Bhattacharyya coefficient, under which large plain areas do not drown everything else.
+    """
+    features = []
+    for record in records:
+        image = read_image(record.path, size, Image.Resampling.BILINEAR)
+        r, g, b = image.long() * bins // 256                                 # (H, W) each
+        counts = torch.bincount((r * bins * bins + g * bins + b).flatten(), minlength=bins ** 3)
+        features.append(counts.float().sqrt())
+    return torch.nn.functional.normalize(torch.stack(features), dim=1)
 
 
 # ---- scripts in processes of their own -------------------------------------------------------

@@ -14,8 +14,8 @@ from conftest import ROOT, command, market_tree, write_image
 from PIL import Image
 
 import data
-from data import (FineTuneTransform, Images, InputError, MultiCrop, PKSampler, Record, ShuffleSampler, Unlabelled, from_step, load_dataset,
-                  make_loader, some_identities)
+from data import (FineTuneTransform, Images, InputError, MultiCrop, PKSampler, Record, ShuffleSampler, Unlabelled, from_step, hold_out,
+                  load_dataset, make_loader, some_identities)
 from extra.files import read_image
 from extra.people import make_synthetic
 
@@ -270,7 +270,7 @@ def test_synthetic_people_are_a_function_of_the_seed(tmp_path):
 
 def test_colour_alone_does_not_find_synthetic_people(people):
     from evaluate import rank_features
-    from extra.study import colour_histograms
+    from conftest import colour_histograms
     args = [x for part in (people.query, people.gallery)
             for x in (colour_histograms(part), [r.pid for r in part], [r.camid for r in part])]
     assert rank_features(*args).cmc[0] < 0.5
@@ -467,3 +467,58 @@ def test_a_smaller_share_of_the_identities_is_a_part_of_a_larger_one():
         assert sorted({r.pid for r in some}) == list(range(n)) and len(some) == 2 * n      # relabelled
         kept[share] = {r.path for r in some}
     assert kept[0.1] < kept[0.5] and {r.path for r in some_identities(records, 0.5, 5)} != kept[0.5]
+
+
+# ---- held-out people -------------------------------------------------------------------------
+
+
+def test_lmdb_is_said_not_to_be_read(tmp_path):
+    (tmp_path / "LUP" / "lmdb").mkdir(parents=True)
+    (tmp_path / "LUP" / "lmdb" / "data.mdb").write_bytes(b"x")
+    with pytest.raises(InputError, match="LUP: holds no image .LMDB files are not read."):
+        load_dataset("luperson", tmp_path)
+
+
+def test_held_out_people_are_no_training_people_any_more(tmp_path):
+    dataset = load_dataset("market1501", market_tree(tmp_path / "market1501", ids=12, images=6))
+    before = {r.path: r.pid for r in dataset.train}
+    sampled = {}
+    for n in (1, 4, 11):
+        random.seed(n)                                           # its seed is its own
+        held = hold_out(dataset, n)
+        shown = held.query + held.gallery
+        assert sorted(r.path for r in held.train + shown) == sorted(before) and held.name == dataset.name
+        sampled[n] = {r.pid for r in shown}
+        assert len(sampled[n]) == n and not sampled[n] & {before[r.path] for r in held.train}
+        assert {r.pid for r in held.train} == set(range(12 - n))   # relabelled, in the old order
+        assert [before[r.path] for r in held.train] == sorted(before[r.path] for r in held.train)
+        assert all(before[r.path] == r.pid for r in shown)
+        asking = collections.Counter((r.pid, r.camid) for r in held.query)
+        assert asking == {(pid, camera): 1 for pid in sampled[n] for camera in (0, 1)}
+        assert held.people == f"{n} held-out training people of market1501" and dataset.people == "the test set"
+        again = hold_out(dataset, n)
+        assert (again.train, again.query, again.gallery) == (held.train, held.query, held.gallery)
+    assert sampled[1] < sampled[4] < sampled[11]
+    assert {r.path: r.pid for r in dataset.train} == before      # the dataset itself is as it was
+
+
+def test_who_cannot_be_held_out(tmp_path):
+    root = market_tree(tmp_path / "market1501")
+    for path in (root / "bounding_box_train").glob("000[24]_c2*"):
+        path.unlink()                                            # two of four people have one camera left
+    dataset = load_dataset("market1501", root)
+    assert {r.pid for r in hold_out(dataset, 2).query} == {2, 3}
+    with pytest.raises(InputError, match="^--held-out 3: of the people to train on 2 have images from two cameras$"):
+        hold_out(dataset, 3)
+    for i in range(4):
+        write_image(tmp_path / "crops" / f"{i}.jpg", i)
+    with pytest.raises(InputError, match="--held-out 1"):
+        hold_out(load_dataset(str(tmp_path / "crops")), 1)       # nobody knows who they are
+
+
+def test_held_out_people_without_cameras(tmp_path):
+    for i in range(12):
+        write_image(tmp_path / "people" / f"anna_{i // 3}" / f"{i}.jpg", i)
+    held = hold_out(load_dataset(str(tmp_path / "people")), 2)
+    assert len(held.query) == 2 and len(held.gallery) == 4 and len(held.train) == 6
+    assert not set(held.query) & set(held.gallery)

@@ -97,6 +97,24 @@ def test_lines_of_python_run(tmp_path, monkeypatch):
     torch.testing.assert_close(names["features"].norm(dim=1), torch.ones(2))
 
 
+def test_lines_that_export_run(tmp_path, monkeypatch, capsys):
+    """... and what is exported gives the features of one image, though it was exported with two."""
+    import evaluate
+
+    block, = re.findall(r"```python\n(.*?)```", PAGES["docs/data-and-weights.md"], re.S)
+    assert len([line for line in block.splitlines() if line and "import" not in line]) == 6
+    weights = tmp_path / re.search(r'"(.*\.pth)"', block)[1]
+    weights.parent.mkdir(parents=True)
+    reading = {"size": (32, 16), "mean": [0.5] * 3, "std": [0.5] * 3}
+    model = evaluate.ReIDModel(evaluate.build_backbone("vit_mini", reading["size"]), 3)
+    torch.save({"format": "reid-model", "model": model.state_dict(),
+                "recipe": {"arch": "vit_mini", "neck_feat": "after", **reading}}, weights)
+    monkeypatch.chdir(tmp_path)
+    exec(block, {})
+    difference = float(re.search(r"tensor\(([\d.e-]+)", capsys.readouterr().out.splitlines()[-1])[1])
+    assert difference < 1e-4 and (tmp_path / "model.pt2").exists()
+
+
 # ---- links, tags, recipes, exercises: both ways ------------------------------------------------
 
 
@@ -217,10 +235,11 @@ EDGES = {"upreid": set(), "personvit": set(),
          "data": {"extra.people", "extra.files", "extra.folders", "extra.workers"},
          "evaluate": {"data", *METHODS, "extra.files", "extra.folders", "extra.flags", "extra.runs", "extra.rerank",
                       "extra.formats", "extra.photos", "extra.pictures"},
-         "train": {"data", "evaluate", *METHODS, "extra.files", "extra.folders", "extra.flags", "extra.runs"},
+         "train": {"data", "evaluate", *METHODS, "extra.files", "extra.folders", "extra.flags", "extra.runs", "extra.formats",
+                   "extra.pictures"},
          "extra.people": set(), "extra.files": set(), "extra.workers": set(), "extra.flags": set(), "extra.rerank": set(),
          "extra.folders": {"extra.files"}, "extra.runs": {"extra.files"},
-         "extra.formats": {"data", "extra.files"}, "extra.photos": {"data", "evaluate", "extra.files", "extra.pictures"},
+         "extra.formats": {"data", "evaluate", "extra.files"}, "extra.photos": {"data", "evaluate", "extra.files", "extra.pictures"},
          "extra.pictures": {"data", "personvit", "extra.files", "extra.flags"},
          "extra.bench": {*BOOK, "extra.files", "extra.flags", "extra.runs"},
          "extra.study": {*BOOK, "extra.files", "extra.flags", "extra.runs", "extra.pictures", "extra.bench"}}

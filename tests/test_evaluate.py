@@ -1,5 +1,6 @@
 """CMC and mAP against the definition, the lies an evaluator can tell, re-ranking, the picture."""
 
+import dataclasses
 import gc
 import inspect
 import math
@@ -19,7 +20,7 @@ from data import Record, load_dataset
 from evaluate import RankResult, ReIDModel, cmc_map, labels_of, matches_of, rank_features, rerank
 from extra.files import InputError
 from extra.pictures import GREEN, GREY, draw_ranks, filtered_ranking
-from extra.study import colour_histograms
+from conftest import colour_histograms
 from extra.workers import end_workers
 from personvit import VisionTransformer
 
@@ -257,6 +258,92 @@ def test_official_good_and_junk_lists_agree():
         assert own == {i for i in junk if i not in gone and i <= len(listing)} or (not own and len(junk) == 1)
 
 
+# ---- verification ----------------------------------------------------------------------------
+
+
+def plain_verification(similarity, q, g):
+    """From the words of the definition: every pair in a list, every similarity a threshold."""
+    same, other = [], []
+    for i in range(len(q.pids)):
+        for k in range(len(g.pids)):
+            if q.camids[i] != g.camids[k] and q.images[i] != g.images[k]:
+                (same if q.pids[i] == g.pids[k] else other).append(float(similarity[i, k]))
+    if not same or not other:
+        return None
+    best, accepted = None, {"1 %": None, "0.1 %": None}
+    for t in [*sorted({*same, *other}), math.inf]:
+        rejects, accepts = sum(s < t for s in same), sum(o >= t for o in other)
+        gap = abs(rejects * len(other) - accepts * len(same))    # of the rates, without rounding
+        if best is None or gap < best[0]:
+            best = gap, t, rejects / len(same), accepts / len(other)
+        for name, one_in in (("1 %", 100), ("0.1 %", 1000)):
+            if len(other) >= one_in and accepts * one_in <= len(other) and accepted[name] is None:
+                accepted[name] = sum(s >= t for s in same) / len(same)
+    _, t, reject, accept = best
+    return (reject + accept) / 2, t, reject, accept, accepted, len(same), len(other)
+
+
+def random_side(rng, n: int, width: int, kind: int, cameras: bool):
+    x = rng.normal(size=(n, width))
+    if kind == 1:                                                # few directions, so that many pairs are equal
+        x = rng.integers(0, 2, (n, width)) + np.eye(1, width)
+    if kind == 2:                                                # a collapsed network
+        x = np.ones((n, width))
+    images = torch.tensor(rng.integers(0, 4 * n, n))
+    camids = torch.tensor(rng.integers(0, rng.integers(1, 5), n)) if cameras else images
+    return evaluate.Features(F.normalize(torch.tensor(x).float(), dim=1), images,
+                             torch.tensor(rng.integers(0, rng.integers(1, 9), n)), camids)
+
+
+@pytest.mark.parametrize("kind", range(3))
+@pytest.mark.parametrize("cameras", [True, False])
+def test_verification_equals_the_plain_loop(kind, cameras):
+    seen = set()
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        width = rng.integers(2, 6)
+        q, g = (random_side(rng, rng.integers(1, most), width, kind, cameras) for most in (20, 80))
+        similarity = -np.stack(list(evaluate.negative_similarities(q.feats, g.feats)))
+        wanted, found = plain_verification(similarity, q, g), evaluate.verify(q, g, "these")
+        if wanted is None:
+            assert found is None
+            seen.add("no pairs")
+            continue
+        assert dataclasses.astuple(found) == (*wanted, "these")
+        assert f"EER {wanted[0]:.2%} at cosine similarity {wanted[1]:.4f}" in str(found) and "read off these" in str(found)
+        assert f"{wanted[5]:,} pairs of one person, {wanted[6]:,} of two" in str(found)
+        assert ("at 1 % of false ones not resolved" in str(found)) == (wanted[6] < 100)
+        seen.update((level, share is None) for level, share in found.accepted.items())
+    assert seen >= {"no pairs", ("1 %", True), ("1 %", False), ("0.1 %", True)}
+
+
+def test_verification_of_sets_that_can_be_reckoned():
+    def sides(similarities, pids):
+        x = torch.tensor(similarities)
+        g = torch.stack([x, (1 - x ** 2).sqrt()], dim=1)
+        one = torch.ones(1, dtype=torch.int64)
+        n = torch.arange(len(x))
+        return evaluate.Features(torch.tensor([[1.0, 0.0]]), -one, one, -one), evaluate.Features(g, n, torch.tensor(pids), n)
+
+    apart = evaluate.verify(*sides([0.9, 0.8, 0.1, 0.2, 0.3], [1, 1, 0, 2, 3]))       # 0: a distractor, another person
+    assert (apart.eer, apart.same_pairs, apart.other_pairs) == (0, 2, 3) and apart.threshold == pytest.approx(0.8)
+    mixed = evaluate.verify(*sides([0.9, 0.6, 0.4, 0.1] + [0.95] + 999 * [0.5], [1] * 4 + 1000 * [2]))
+    assert mixed.accepted == {"1 %": 0.5, "0.1 %": 0.5} and mixed.other_pairs == 1000
+    assert (mixed.false_reject, mixed.false_accept) == (0.5, 0.001)                   # 0.5 would accept them all
+    assert evaluate.verify(*sides([0.9, 0.8], [1, 1])) is None and evaluate.verify(*sides([0.9], [2])) is None
+
+
+@pytest.mark.parametrize("value", [math.nan, 2.0])
+def test_verification_refuses_what_ranking_refuses(value):
+    q, g = (random_side(np.random.default_rng(0), 9, 3, 0, True) for _ in range(2))
+    for side in (q, g):
+        kept = side.feats[4].clone()
+        side.feats[4] = value
+        with pytest.raises(InputError, match="features are not of length 1"):
+            evaluate.verify(q, g)
+        side.feats[4] = kept
+
+
 # ---- model and weights -----------------------------------------------------------------------
 
 
@@ -294,6 +381,26 @@ def test_extraction_is_independent_of_batches_and_workers(market):
         torch.testing.assert_close(features, runs[0][0], rtol=1e-6, atol=1e-7)
         assert torch.equal(images, runs[0][1])
     torch.testing.assert_close(runs[0][0].norm(dim=1), torch.ones(len(dataset.gallery)))
+
+
+class TopLeft(torch.nn.Module):
+    """A network to which a mirror image is another one."""
+
+    def forward(self, x):
+        return x[:, :, 0, 0] + x[:, :, 5, 1] ** 2 + 0.1
+
+
+def test_flip_adds_the_mirror_image_before_it_normalises(market):
+    records = load_dataset("market1501", market).gallery
+    plain, _ = evaluate.extract(TopLeft(), records, **RECIPE, workers=0)
+    found, images = evaluate.extract(TopLeft(), records, **RECIPE, workers=0, flip=True)
+    x = torch.stack([evaluate.read_image(r.path, RECIPE["size"], Image.Resampling.BILINEAR) for r in records])
+    x = evaluate.normalize(x, RECIPE["mean"], RECIPE["std"])
+    wanted = F.normalize(TopLeft()(x) + TopLeft()(torch.flip(x, dims=[-1])), dim=1)
+    torch.testing.assert_close(found, wanted)
+    assert (found - plain).abs().max() > 0.1 and len(images) == len(records)
+    both, _ = evaluate.extract(MeanColour(), records, **RECIPE, workers=0, flip=True)     # its own mirror image
+    torch.testing.assert_close(both, evaluate.extract(MeanColour(), records, **RECIPE, workers=0)[0])
 
 
 def test_a_linear_probe_learns_from_the_features(market):

@@ -202,7 +202,7 @@ def test_files_of_a_run(tmp_path):
             (tmp_path / file).write_bytes(content)
         for _ in range(CASES):
             (tmp_path / name).write_bytes(damaged(rng, whole[name]))
-            assert isinstance(photos.explain_similarity(str(tmp_path / "model.pth")), str)
+            assert isinstance(photos.explain_similarity(str(tmp_path / "model.pth"), 0.5), str)
             try:
                 Run(tmp_path, {"lr": 0.1, "size": (64, 32)})
                 pictures.draw_curves(tmp_path / "curves.png", [str(tmp_path)])
@@ -213,4 +213,6 @@ def test_files_of_a_run(tmp_path):
     assert len(seen) == 6
 
 
-RESULTS = {"mAP": 0.5, "rank1": 0.6, "cmc": [0.6, 0.7], "similarity": {"same": [0.1, 0.5, 0.9], "other": [0.1, 0.2, 0.3]}}
+RESULTS = {"mAP": 0.5, "rank1": 0.6, "cmc": [0.6, 0.7],
+           "verification": {"eer": 0.1, "threshold": 0.5, "false_reject": 0.1, "false_accept": 0.1, "accepted": {"1 %": None},
+                            "same_pairs": 10, "other_pairs": 90, "people": "the test set"}}

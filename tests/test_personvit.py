@@ -72,14 +72,26 @@ def test_attention_equals_pytorch():
 
 def test_stochastic_depth_drops_whole_images_and_keeps_the_mean():
     torch.manual_seed(0)
-    block = Block(8, 2, 4, drop_path=0.25)
+    class Fixed(torch.nn.Module):
+        def __init__(self, value):
+            super().__init__()
+            self.value = value
+
+        def forward(self, _):
+            return self.value
+
+    block, nothing = Block(8, 2, 4, drop_path=0.25), torch.zeros(20_000, 3, 8)
     branch = torch.rand(20_000, 3, 8) + 1
-    dropped = block.train().drop(branch)
+    block.attn, block.mlp = Fixed(branch), Fixed(nothing)
+    dropped = block.train()(nothing)
     share = dropped / branch                                     # 0 or 1 / 0.75, the same for a whole image
     assert torch.equal(share.round(decimals=3), share[:, :1, :1].round(decimals=3).expand_as(share))
     assert abs((share[:, 0, 0] == 0).float().mean() - 0.25) < 0.01
     assert abs(share.mean() - 1) < 0.02
-    assert torch.equal(block.eval().drop(branch), branch)
+    assert torch.equal(block.eval()(nothing), branch)
+    block.attn, block.mlp = Fixed(nothing), Fixed(branch)        # the other branch, with a draw of its own
+    again = block.train()(nothing)
+    assert abs((again[:, 0, 0] == 0).float().mean() - 0.25) < 0.01 and not torch.equal(again, dropped)
 
 
 def test_depth_of_dropping_grows_linearly():

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from conftest import DOUBLE, PATIENCE, ROOT, Golden, Script, command, log_lines, market_tree, torchrun
 from double import NETWORKS
+from PIL import Image
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
@@ -33,9 +34,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import stress
 import train
-from data import LUP_MEAN, LUP_STD, Images, PKSampler, ShuffleSampler, from_step, load_dataset, make_loader
+from data import LUP_MEAN, LUP_STD, Images, PKSampler, ShuffleSampler, from_step, hold_out, load_dataset, make_loader
 from evaluate import ARCHS, ReIDModel, build_backbone, evaluate, load_model
-from extra import runs
+from extra import pictures, runs
 from extra.files import InputError, command_line
 from extra.runs import Meter, Run, Runtime, bfloat16_is_right
 from personvit import VITS, PersonViT, PersonViTRecipe, VisionTransformer
@@ -178,7 +179,7 @@ def trained(recipe, dataset, folder, weights=None, monitor=None, workers=0, log_
     run = Run(folder, dataclasses.asdict(recipe))
     runtime = Runtime(device, workers, log_every=log_every, **more)
     if isinstance(recipe, Recipe):
-        return train.fine_tune(recipe, dataset, run, weights, runtime), run
+        return train.fine_tune(recipe, dataset, run, weights, runtime, monitor), run
     return train.pretrain(method_of(recipe), recipe, dataset, run, runtime, weights, monitor), run
 
 
@@ -441,7 +442,8 @@ def test_batch_norms_that_make_no_graph_stay_eager():
         model = SMALL_UP.build()
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) if synchronised else model
         views = train.views_of("upreid", SMALL_UP)
-        assert runs.compiled(model, views, Runtime(backend="eager")) is not views  # these are compiled anyway
+        runs.compile_networks(model, Runtime(backend="eager"))
+        assert runs.compiled(views.__call__, Runtime(backend="eager")) != views.__call__ == runs.compiled(views.__call__, Runtime())
         assert ["forward_features" in vars(net) for net in runs.networks(model)] == 2 * [compiles]
 
 
@@ -568,9 +570,9 @@ def test_a_step_that_is_not_finite_is_never_saved(dataset, tmp_path, monkeypatch
 
     monkeypatch.setattr(kind, "forward", forward)
     monkeypatch.setattr(kind, "stop_at", 99, raising=False)
-    saved = "the last good state is in .*checkpoint_000000002.pth; start anew with a lower --lr"
+    saved = "the last good state: .*checkpoint_000000002.pth; start anew with a lower --lr"
     for folder, message, more in (("saves", f"at step 3 or just before; {saved}", dict(save_every=1, log_every=99)),
-                                  ("logs", "at step 3 or just before; .*nowhere", dict(log_every=3)),
+                                  ("logs", "at step 3 or just before; .*none saved", dict(log_every=3)),
                                   ("stops", "at step 3 or just before; .*000000002", dict(save_every=2, log_every=99))):
         steps.clear()
         monkeypatch.setattr(kind, "stop_at", 2 if folder == "stops" else 99)
@@ -896,7 +898,7 @@ def test_the_meter_and_the_time_of_an_evaluation_is_no_training(dataset, tmp_pat
 
 def save_in(run: Run, name: str, content: dict) -> None:
     with run.begin():
-        run.save(name, content)
+        torch.save(content, run.folder / name)
 
 
 class Part:
@@ -1222,7 +1224,141 @@ def test_unlabelled_images_are_no_training_set(tmp_path):
         train.fine_tune_and_evaluate(TINY, load_dataset(str(tmp_path / "crops")), tmp_path / "run", False, None, Runtime())
 
 
+# ---- held-out people -------------------------------------------------------------------------
+
+
+@TRAININGS
+def test_looking_at_held_out_people_changes_nothing(market, tmp_path, recipe):
+    """No random number, no running statistic, no mode: the weights are those of a run that does not look."""
+    market_tree(market, ids=6)
+    held = hold_out(load_dataset("market1501", market), 2)
+    watched = dataclasses.replace(held, name="held-out")
+    alone, _ = trained(recipe, held, tmp_path / "alone")
+    seen, run = trained(recipe, held, tmp_path / "seen", monitor=watched, monitor_every=1)
+    assert same_weights(alone, seen)
+    lines = [line for line in log_lines(run.folder) if "monitor" in line]
+    assert [line["epoch"] for line in lines] == list(range(recipe.epochs + 1))
+    assert all(line["monitor"] == "held-out" and 0 < line["mAP"] <= 1 and "rank1" in line for line in lines)
+    assert log_lines(tmp_path / "alone") == [line for line in log_lines(run.folder) if "monitor" not in line]
+
+
+def test_a_fine_tuning_looks_in_training_mode_at_what_evaluation_sees(market, tmp_path, monkeypatch):
+    market_tree(market, ids=6)
+    held = hold_out(load_dataset("market1501", market), 2)
+    modes = []
+    usual = FineTuning.forward
+    monkeypatch.setattr(FineTuning, "forward", lambda self, *args: modes.append(self.model.training) or usual(self, *args))
+    model, run = trained(TINY, held, tmp_path / "run", monitor=held, monitor_every=2)
+    assert modes and all(modes)
+    result, _, _ = evaluate(model, held, train.stored(TINY, held), workers=0)
+    last = log_lines(run.folder)[-1]
+    assert last["monitor"] == "market1501" and last["mAP"] == pytest.approx(result.mAP, rel=1e-4)
+
+
+def test_results_are_of_the_held_out_people(market, tmp_path, capsys, monkeypatch):
+    market_tree(market, ids=6)
+    sets = []
+    monkeypatch.setattr(train, "evaluate", lambda model, dataset, *args, **kwargs: (
+        sets.append(dataset), evaluate(model, dataset, *args, **kwargs))[1])
+    flags = ["--dataset", str(market), "--arch", "vit_mini", "--size", "32x16", "--epochs", "1", "--warmup", "0", "--ids", "3",
+             "--images", "2", "--workers", "0", "--threads", "1", "--device", "cpu"]
+    train.main([*flags, "--held-out", "2", "--labelled", "0.75", "--monitor", "held-out", "--out", str(tmp_path / "held")])
+    who = "2 held-out training people of market1501"
+    results = json.loads((tmp_path / "held" / "results.json").read_text())
+    assert results["people"] == results["verification"]["people"] == who and f"read off {who}" in capsys.readouterr().out
+    held = hold_out(load_dataset("market1501", market), 2)
+    assert len(sets) == 3 and all(part.query == held.query and part.gallery == held.gallery for part in sets)
+    assert json.loads((tmp_path / "held" / "recipe.json").read_text())["people"] == who
+    content = torch.load(tmp_path / "held" / "model.pth")
+    assert content["model"]["classifier.weight"].shape[0] == 3   # three quarters of the four who are left
+    assert content["run"]["people"] == who
+    with pytest.raises(InputError, match=f"people: {who} there, the test set now"):
+        train.main([*flags, "--out", str(tmp_path / "held")])
+    train.main([*flags, "--out", str(tmp_path / "whole")])
+    results = json.loads((tmp_path / "whole" / "results.json").read_text())
+    assert results["people"] == results["verification"]["people"] == "the test set"
+    recipe = tmp_path / "whole" / "recipe.json"                  # of a version that held nobody out
+    recipe.write_text(json.dumps({k: v for k, v in json.loads(recipe.read_text()).items() if k != "people"}))
+    train.main([*flags, "--out", str(tmp_path / "whole")])
+    assert "is finished" in capsys.readouterr().out
+    with pytest.raises(InputError, match=f"people: the test set there, {who} now"):
+        train.main([*flags, "--held-out", "2", "--out", str(tmp_path / "whole")])
+
+
+def test_weights_that_have_seen_the_held_out_people_are_refused_or_marked(market, tmp_path, capsys):
+    market_tree(market, ids=6)
+    common = ["--dataset", "market1501", "--data-root", str(market), "--size", "64x32", "--workers", "0", "--threads", "1", "--device", "cpu"]
+    pre = [*common, "--pretrain", "upreid", "--arch", "resnet_tiny", "--epochs", "1", "--batch", "4", "--queue", "10", "--groups", "2"]
+    for n in (0, 2):
+        train.main([*pre, "--held-out", str(n), "--out", str(tmp_path / f"pre{n}")])
+        assert f"--held-out {n}" in capsys.readouterr().out.splitlines()[-1] or n == 0
+    fine = [*common, "--arch", "resnet_tiny", "--epochs", "0", "--ids", "3", "--images", "2", "--held-out", "2"]
+
+    def people(weights, out: str, *flags) -> str:
+        train.main([*fine, *flags, "--weights", str(weights), "--out", str(tmp_path / out)])
+        return json.loads((tmp_path / out / "results.json").read_text())["people"]
+
+    good, bad = tmp_path / "pre2" / "backbone.pth", tmp_path / "pre0" / "backbone.pth"
+    who = "2 held-out training people of market1501"
+    assert people(good, "a") == people(tmp_path / "a" / "model.pth", "b") == who
+    for weights, flags in ((bad, []), (good, ["--held-out", "3"])):
+        with pytest.raises(InputError, match="it may have seen people who are held out here$"):
+            people(weights, "c", *flags)
+    assert not (tmp_path / "c").exists()
+    content = torch.load(bad)
+    del content["run"]                                           # as an earlier version, or somebody else, wrote it
+    torch.save(content, tmp_path / "old.pth")
+    assert people(tmp_path / "old.pth", "d") == f"{who}, weights trained on unknown data"
+    assert people(tmp_path / "d" / "model.pth", "e") == f"{who}, weights trained on unknown data"   # the mark is inherited
+    fine[1:4] = str(market), "--data-root", "."                  # a folder: there are many, so that nobody can tell
+    assert people(bad, "f") == f"{who}, weights trained on market1501"
+
+
 # ---- command line ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [["--arch", "vit_mini", "--ids", "3", "--images", "2", "--labelled", "0.75"],
+                                   ["--arch", "vit_mini", "--ids", "3", "--images", "2", "--erase", "mean"],
+                                   ["--pretrain", "personvit", "--arch", "vit_mini", "--batch", "6", "--local-crops", "3"],
+                                   ["--pretrain", "personvit", "--arch", "vit_mini", "--batch", "6", "--no-masks", "--local-crops", "0"],
+                                   ["--pretrain", "upreid", "--arch", "resnet_tiny", "--batch", "8"],
+                                   ["--pretrain", "upreid", "--arch", "resnet_tiny", "--batch", "8", "--weight-local", "0"]])
+def test_a_sheet_shows_what_the_loop_gets(market, tmp_path, monkeypatch, flags):
+    """... to the bit, and no training begins."""
+    monkeypatch.chdir(tmp_path)
+    flags = [*flags, "--dataset", str(market), "--size", "64x32", "--workers", "0", "--threads", "1", "--device", "cpu", "--no-bf16"]
+    drawn = []
+    usual = pictures.first_views
+    monkeypatch.setattr(pictures, "first_views", lambda *args: drawn.append(usual(*args)) or drawn[0])
+    train.main([*flags, "--sheet", "sheet.png"])
+    assert [p.name for p in tmp_path.iterdir() if p != market] == ["sheet.png"]
+    picture = Image.open("sheet.png")
+    seen, shown = [], drawn[0]
+    for module in (FineTuning, PersonViT, UPReID):
+        monkeypatch.setattr(module, "forward", lambda self, *args, **settings: seen.append(args[0]) or {}["done"])
+    with pytest.raises(KeyError, match="done"):
+        train.main(flags)
+    views = {"augmented": seen[0]} if isinstance(seen[0], torch.Tensor) else seen[0]
+    assert shown.keys() - {"image"} == views.keys() and all(torch.equal(view, shown[name]) for name, view in views.items())
+    assert ("masks" in views) == ("personvit" in flags and "--no-masks" not in flags)
+    columns = {"augmented": 2, "globals": 2, "locals": len(views.get("locals", ())), "masks": 0}
+    columns = sum(columns.get(name, 1) for name in shown)
+    assert picture.width >= columns * (pictures.W + pictures.GAP)
+    if "augmented" in shown:                                     # the second cell of the first row
+        second, norm = shown["augmented"][1], train.NORMS["half"]
+    elif "globals" in shown:
+        second, norm = shown["globals"][0, 0], train.NORMS["imagenet"]
+    else:
+        second, norm = shown["first"][0], (LUP_MEAN, LUP_STD)
+    mean, std = (torch.tensor(values)[:, None, None] for values in norm)
+    wanted = ((second * std + mean).clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()
+    x, y = pictures.Sheet(columns, 1, "").place(1, 0)
+    found = np.asarray(picture)[y:y + pictures.H:2, x:x + pictures.W:2]      # drawn twice as large as 64 x 32
+    same = (np.abs(found.astype(int) - wanted) < 2).all(2)
+    masked = np.zeros((64, 32), bool)
+    if "masks" in shown:
+        masked = np.kron(shown["masks"][0, 0], np.ones((16, 16), bool))
+    assert same[~masked].all() and (same & masked).sum() <= masked.sum() / 4
 
 
 def test_mistakes_get_one_line(tmp_path, monkeypatch):
@@ -1255,6 +1391,9 @@ def test_mistakes_get_one_line(tmp_path, monkeypatch):
     ("--workers -1", "--workers -1: must be at least 0"), ("--threads 100000", "--threads 100000: must be"), ("--threads 0", "--threads 0: must be more than 0"),
     ("--save-every 0", "more than 0"), ("--lr nan", "must be"), ("--lr inf", "must be"), ("--out=", "must be"),
     ("--monitor market1501", "are for --pretrain"), ("--accum 2", "are for --pretrain"), ("--keep-every 1", "are for"),
+    ("--monitor held-out", "--monitor held-out needs --held-out N"), ("--held-out -1", "--held-out -1: must be at least 0"),
+    ("--monitor held-out --pretrain upreid", "needs --held-out N"), ("--sheet a.jpg", "--sheet a.jpg: the file is a PNG"),
+    ("--sheet absent/a.png", "--sheet absent/a.png: its folder is absent"),
     ("--accum 0 --pretrain upreid", "--accum 0: must be more than 0"), ("--smoothing 2", "at most 1"), ("--drop-path 1", "at most 0.99"),
     ("--pretrain personvit --aspect 0x1", "--aspect (0, 1): must be more than 0"),
     ("--pretr personvit", "unrecognized arguments: --pretr"),
