@@ -443,7 +443,7 @@ class PKSampler:
                 if pid in chosen[first:first + share]:
                     images.extend(group)
             step = self.epoch * self.length + batch
-            yield placed(step, first * self.K, images)
+            yield [(step, place, index) for place, index in enumerate(images, first * self.K)]
 
     def shuffled_groups(self, pid: int, rng) -> list[list[int]]:
         """An identity's images, shuffled and cut into groups of K; the last one is filled up from
@@ -494,17 +494,14 @@ class ShuffleSampler:
     def __iter__(self) -> Iterator[Batch]:
         rng = np.random.default_rng([self.seed, self.epoch])
         order = rng.permutation(self.n)
-        for i in range(len(self)):
-            step = self.epoch * len(self) + i
-            batch = order[i * self.batch:(i + 1) * self.batch]
+        steps = len(self)
+        for i in range(steps):
+            step = self.epoch * steps + i
+            batch = order[i * self.batch:(i + 1) * self.batch].tolist()
             for part in range(self.accumulate):
                 first = (self.rank * self.accumulate + part) * self.size
-                yield placed(step, first, batch[first:first + self.size])
-
-
-def placed(step: int, first: int, indices) -> Batch:
-    """(step, place in the whole batch, image) of images that follow one another in a batch."""
-    return [(step, place, int(index)) for place, index in enumerate(indices, first)]
+                own = batch[first:first + self.size]
+                yield [(step, place, index) for place, index in enumerate(own, first)]
 
 
 def from_step(sampler, first: int, last: int) -> Iterator[Batch]:
@@ -619,36 +616,30 @@ def inside(boxes: Tensor, H: int, W: int) -> Tensor:
     return (rows[:, :, None] & columns[:, None, :])[:, None]
 
 
-def resize_matrix(start, length, n: int, out: int) -> Tensor:
-    """Bicubic, antialiased resampling of [start, start + length) of n pixels to `out`, as matrices.
-
-    start, length (B,) -> (B, out, n), rows summing to 1. A resize is linear and separable:
-    rows @ image @ columns^T crops and resizes a whole batch at once. Source: Pillow's rule (support
-    grows with the scale, nothing outside the crop is seen).
-    """
-    start = start[:, None, None]
-    length = length[:, None, None]
-    scale = length / out
-    wide = scale.clamp(min=1)                                                # shrinking: antialias
-    pixel = torch.arange(n, device=start.device) + 0.5                       # (n,)
-    target = torch.arange(out, device=start.device)[:, None] + 0.5           # (out, 1)
-    centre = start + target * scale                                          # (B, out, 1)
-    x = ((pixel - centre) / wide).abs()                                      # (B, out, n)
-    # Keys' cubic; of all values of its parameter only a = -0.5 reproduces straight lines
-    near = (1.5 * x - 2.5) * x * x + 1                                       # x < 1
-    far = ((-0.5 * x + 2.5) * x - 4) * x + 2                                 # 1 <= x < 2
-    in_crop = (pixel > start) & (pixel < start + length)                     # (B, 1, n)
-    weight = torch.where(x < 1, near, far) * (in_crop & (x < 2))
-    return weight / weight.sum(2, keepdim=True)
-
-
 def crop_resize(x: Tensor, boxes: Tensor, flip: Tensor, size: Size) -> Tensor:
     """Cut out boxes (n, 4), resize, mirror where flip (n, 1, 1) is 1: (n, 3, H, W) -> (n, 3, *size)
+
+    Bicubic and antialiased. A resize is linear and separable, so that two matrices crop and resize
+    a whole batch at once: rows @ image @ columns^T. Source: Pillow's rule (support grows with the
+    scale, nothing outside the crop is seen).
     """
-    H, W = x.shape[2:]
-    top, left, h, w = boxes.unbind(1)
-    rows = resize_matrix(top, h, H, size[0])                                 # (n, size[0], H)
-    columns = resize_matrix(left, w, W, size[1])                             # (n, size[1], W)
+    matrices = []
+    for axis, out in enumerate(size):                                        # height, width
+        start = boxes[:, axis, None, None]                                   # (n, 1, 1)
+        length = boxes[:, axis + 2, None, None]
+        scale = length / out                                                 # (n, 1, 1)
+        wide = scale.clamp(min=1)                                            # shrinking: antialias
+        pixel = torch.arange(x.shape[2 + axis], device=x.device) + 0.5       # (H,)
+        target = torch.arange(out, device=x.device)[:, None] + 0.5           # (out, 1)
+        centre = start + target * scale                                      # (n, out, 1)
+        t = ((pixel - centre) / wide).abs()                                  # (n, out, H)
+        # Keys' cubic; of all values of its parameter only a = -0.5 reproduces straight lines
+        near = (1.5 * t - 2.5) * t * t + 1                                   # t < 1
+        far = ((-0.5 * t + 2.5) * t - 4) * t + 2                             # 1 <= t < 2
+        in_crop = (pixel > start) & (pixel < start + length)                 # (n, 1, H)
+        weight = torch.where(t < 1, near, far) * (in_crop & (t < 2))
+        matrices.append(weight / weight.sum(2, keepdim=True))                # rows sum to 1
+    rows, columns = matrices                                                 # (n, out, H or W)
     columns = torch.where(flip > 0, columns.flip(1), columns)
     x = rows[:, None] @ x @ columns[:, None].mT                              # (n, 3, *size)
     return x.clamp(0, 1)                                                     # bicubic overshoots

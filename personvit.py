@@ -432,14 +432,19 @@ class PersonViT(nn.Module):
                 "prototypes": used.sum()}
 
     def clip_gradients(self, epoch: int) -> Tensor:
-        """Clip, and freeze the last layer in the first epochs, when the prototypes are still random
-        [DINO, iBOT]; returns the norm of all gradients before."""
-        norm = clip_each(self.parameters(), self.recipe.clip)
+        """Scale the gradient of each tensor to a norm of at most `recipe.clip`, as iBOT does: a
+        layer with a very large gradient does not shrink all others. Returns their global norm
+        before. In the first epochs, when the prototypes are still random, the last layer is frozen
+        [DINO, iBOT]."""
+        grads = [p.grad for p in self.parameters() if p.grad is not None]
+        norms = torch.stack(torch._foreach_norm(grads))
+        scale = (self.recipe.clip / (norms + 1e-6)).clamp(max=1)
+        torch._foreach_mul_(grads, scale.unbind())
         if epoch < self.recipe.freeze_last_layer:
             head = self.student["head"]
             for p in (*head.last_layer.parameters(), *head.last_layer2.parameters()):
                 p.grad = None                                    # then the optimiser skips it
-        return norm
+        return norms.norm()
 
     @torch.no_grad()
     def update_teacher(self, momentum: float, **_) -> None:
@@ -550,18 +555,6 @@ def matrix_groups(model: nn.Module) -> list[dict]:
     matrices = [p for p in trained if p.ndim > 1]
     others = [p for p in trained if p.ndim <= 1]
     return [{"params": matrices, "decay": 1.0}, {"params": others, "decay": 0.0}]
-
-
-def clip_each(parameters, limit: float) -> Tensor:
-    """Scale the gradient of each tensor to a norm of at most `limit`; their global norm before.
-
-    Per tensor, as iBOT does: a layer with a very large gradient does not shrink all others.
-    """
-    grads = [p.grad for p in parameters if p.grad is not None]
-    norms = torch.stack(torch._foreach_norm(grads))
-    scale = (limit / (norms + 1e-6)).clamp(max=1)
-    torch._foreach_mul_(grads, scale.unbind())
-    return norms.norm()
 
 
 @dataclass(frozen=True)

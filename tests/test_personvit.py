@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from conftest import ROOT, Golden
 
 import personvit
-from personvit import (Attention, Block, PersonViT, PersonViTRecipe, VisionTransformer, block_mask, clip_each, cls_loss,
+from personvit import (Attention, Block, PersonViT, PersonViTRecipe, VisionTransformer, block_mask, cls_loss,
                        cosine, draw_masks, matrix_groups, patch_loss, resize_pos_embed)
 
 SIZES = {"vit_mini": 1_304_960, "vit_tiny": 5_511_360, "vit_small": 21_639_552, "vit_base": 85_746_432}
@@ -461,7 +461,10 @@ def test_schedules_equal_reference():
 def test_gradients_are_clipped_per_tensor():
     a, b = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
     a.grad, b.grad = torch.tensor([3.0, 4.0]), torch.tensor([0.1, 0.0])
-    norm = clip_each([a, b, torch.nn.Parameter(torch.zeros(1))], 1.0)
+    model = small_model()
+    model.parameters = lambda: [a, b, torch.nn.Parameter(torch.zeros(1))]
+    model.recipe = dataclasses.replace(model.recipe, clip=1.0)
+    norm = model.clip_gradients(epoch=99)
     torch.testing.assert_close(a.grad, torch.tensor([0.6, 0.8]), rtol=1e-5, atol=1e-6)
     assert b.grad.tolist() == pytest.approx([0.1, 0.0]) and norm.item() == pytest.approx((25 + 0.01) ** 0.5)
 
