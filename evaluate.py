@@ -536,12 +536,14 @@ def verify(q: Features, g: Features, people: str = "the test set") -> Verificati
     # accepts another number of them, and the best one may be among these.
     lost = np.searchsorted(same, same)            # of `same` itself, below t = same[j]
     j = np.searchsorted(lost * N - wrong[:-1] * S, 0)
-    low, high = np.pad(same, 1, constant_values=(-np.inf, np.inf))[j:j + 2]
-    near = [others[(low <= others) & (others < high)] for _, others in pair_similarities(q, g)]
+    low, high = np.append(same, np.inf)[[max(j - 1, 0), j]]  # one if no error is made: none between
+    near = [others[(low < others) & (others < high)] for _, others in pair_similarities(q, g)]
     near = np.sort(np.concatenate(near))
     t = np.unique(np.concatenate([near, same[max(j - 1, 0):j + 1]]))
     lost = np.searchsorted(same, t)               # of `same`, not accepted
+    at_low = wrong[j - 1]
     wrong = wrong[j] + len(near) - np.searchsorted(near, t)
+    wrong[0] = at_low
     best = np.abs(lost * N - wrong * S).argmin()  # of equals the lowest t
     false_reject = float(lost[best] / S)
     false_accept = float(wrong[best] / N)

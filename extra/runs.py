@@ -47,7 +47,7 @@ class Runtime:
     save_every: int = 500     # steps between checkpoints
     accumulate: int = 1       # micro-batches of a step of pre-training, for less memory
     keep_every: int = 0       # epochs of pre-training between backbones kept apart, 0: none
-    monitor_every: int = 10   # ... and between looks at the mAP of frozen features
+    monitor_every: int = 10   # ... and between looks at the mAP of --monitor
     backend: str = ""         # of torch.compile; none: operations are launched one by one
     log_every: int = 20       # steps between log lines
     rank: int = 0             # this process among

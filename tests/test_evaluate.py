@@ -5,6 +5,7 @@ import gc
 import inspect
 import math
 import os
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -331,6 +332,23 @@ def test_verification_of_sets_that_can_be_reckoned():
     assert mixed.accepted == {"1 %": 0.5, "0.1 %": 0.5} and mixed.other_pairs == 1000
     assert (mixed.false_reject, mixed.false_accept) == (0.5, 0.001)                   # 0.5 would accept them all
     assert evaluate.verify(*sides([0.9, 0.8], [1, 1])) is None and evaluate.verify(*sides([0.9], [2])) is None
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_verification_never_holds_all_pairs(right):
+    """... not even of a network that makes no error, or of a collapsed one."""
+    def side(n: int, images: int):
+        pids = torch.arange(n) % 50
+        feats = torch.eye(50)[pids if right else 0 * pids]
+        return evaluate.Features(feats, images + torch.arange(n), pids, torch.full((n,), images))
+
+    q, g = side(50, 0), side(20_000, 100)
+    tracemalloc.start()
+    found = evaluate.verify(q, g)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found.other_pairs == 980_000 and peak < 4 * found.other_pairs / 2
+    assert (found.eer, found.threshold) == ((0, 1) if right else (0.5, 1))
 
 
 @pytest.mark.parametrize("value", [math.nan, 2.0])
