@@ -26,11 +26,10 @@ see what one alone would, and a GPU never waits for a random number. Read `load_
 
 import argparse
 import contextlib
-import functools
 import math
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -47,7 +46,6 @@ from extra.people import make_synthetic
 
 Size = tuple[int, int]       # height, width
 Range = tuple[float, float]  # from, to
-Batch = list[tuple[int, int, int]]  # (step, place in the whole batch, index of the image)
 
 # ---------------------------------------------------------------------------------------------
 # Datasets
@@ -306,28 +304,43 @@ def describe(dataset: Dataset) -> str:
 
 
 class Images(torch.utils.data.Dataset):
-    """Training images as uint8 batches, with the parameters of their views.
+    """The batches of a training: images[step] is what this process sees in a step.
 
-    PyTorch's loader calls `__getitems__` with a batch [(step, place, index), ...] of a sampler and
-    gets a dictionary: "images" uint8 (B, 3, H, W); "params" (B, ...) float, as `views` takes them;
+    A dictionary: "images" uint8 (B, 3, H, W); "params" (B, ...) float, as `views` takes them;
     "pids" (B,); "replaced", the indices of broken files, in whose place stands the next readable
     image of the same identity (or, failing that, of the list). draw(generator) may give more for
     each image, as PersonViT's recipe does: "masks" (2, ...) becomes (2, B, ...).
+
+    sampler: which images make up each batch of all processes, of which the rank-th of `world`
+    takes the rank-th part. Raises InputError if they cannot share it evenly.
     """
 
-    def __init__(self, records: Sequence[Record], views, seed: int = 0, draw=None):
+    def __init__(self, records: Sequence[Record], sampler, views, seed: int = 0, draw=None,
+                 rank: int = 0, world: int = 1):
         self.records = records
+        self.sampler = sampler
         self.views = views
         self.seed = seed
         self.draw = draw
+        if sampler.batch % world:
+            raise InputError(f"a batch of {sampler.batch} images cannot be shared evenly by "
+                             f"{world} processes; see --batch, --ids, --images")
+        self.size = sampler.batch // world
+        self.first = rank * self.size
+        self.epoch = None
 
-    def __getitems__(self, batch: Batch) -> dict:
+    def __getitem__(self, step: int) -> dict:
+        epoch, i = divmod(step, len(self.sampler))
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self.batches = self.sampler.shuffle(epoch)       # (batches of an epoch, batch)
         images = []
         params = []
         pids = []
         replaced = []
         more = {}  # name -> a tensor of each image
-        for step, place, index in batch:
+        for place in range(self.first, self.first + self.size):
+            index = int(self.batches[i, place])
             image, used = self.read_or_replace(index)
             images.append(image)
             pids.append(self.records[used].pid)
@@ -340,13 +353,13 @@ class Images(torch.utils.data.Dataset):
                 generator = torch.Generator().manual_seed(rng.getrandbits(63))
                 for name, value in self.draw(generator).items():
                     more.setdefault(name, []).append(value)
-        found = {"images": torch.stack(images),
+        batch = {"images": torch.stack(images),
                  "params": torch.stack(params),
                  "pids": torch.tensor(pids),
                  "replaced": replaced}
         for name, values in more.items():
-            found[name] = torch.stack(values, dim=1)
-        return found
+            batch[name] = torch.stack(values, dim=1)
+        return batch
 
     def read(self, index: int) -> Tensor:
         path = self.records[index].path
@@ -373,15 +386,14 @@ class Images(torch.utils.data.Dataset):
         raise InputError(f"{broken}; no readable image was found near it")
 
 
-def make_loader(dataset, batches, num_workers: int, collate=dict) -> torch.utils.data.DataLoader:
-    """A DataLoader that yields collate(what the dataset gives) for each list of indices in
-    `batches`, in their order, made by worker processes (0: by this one). collate=dict leaves the
-    batches of `Images` as they are."""
+def make_loader(dataset, indices: range, num_workers: int) -> torch.utils.data.DataLoader:
+    """A DataLoader that yields dataset[i], a whole batch, for each of `indices` in their order, made
+    by worker processes (0: by this one)."""
     workers.end_workers_at_exit()
     return torch.utils.data.DataLoader(
-        dataset, batch_sampler=batches, num_workers=num_workers,
-        collate_fn=functools.partial(workers.hand_over, collate),
-        worker_init_fn=workers.quiet_worker, pin_memory=torch.cuda.is_available(),
+        dataset, batch_size=None, sampler=indices, num_workers=num_workers,
+        collate_fn=workers.hand_over, worker_init_fn=workers.quiet_worker,
+        pin_memory=torch.cuda.is_available(),
         generator=torch.Generator())  # else it would take a number from PyTorch's own generator
 
 
@@ -397,21 +409,16 @@ class PKSampler:
     images of the same identity; an identity with fewer than K repeats them), and every group is
     used once: **every image is seen in every epoch**. An epoch has as many batches as the largest
     identity has groups, or as all groups fill, whichever is more; places left over go to identities
-    sampled at random. Epochs have constant length, `len(sampler)` batches. Order is a function of
-    `seed` and the attribute `epoch`; with several processes, `rank` takes its share of each batch's
-    identities. Raises InputError for fewer than P identities or a P that `world` does not divide.
+    sampled at random. Raises InputError for fewer than P identities.
 
     Differs from TransReID's sampler, which drops short groups and the last identities of an epoch.
     """
 
-    def __init__(self, pids: Sequence[int], num_ids: int = 16, num_images: int = 4, seed: int = 0,
-                 rank: int = 0, world: int = 1):
+    def __init__(self, pids: Sequence[int], num_ids: int = 16, num_images: int = 4, seed: int = 0):
         self.P = num_ids
         self.K = num_images
+        self.batch = num_ids * num_images
         self.seed = seed
-        self.epoch = 0
-        self.rank = rank
-        self.world = world
         self.members = {}  # identity -> indices of its images
         for index, pid in enumerate(pids):
             self.members.setdefault(int(pid), []).append(index)
@@ -419,31 +426,27 @@ class PKSampler:
         if len(self.members) < least or num_ids < 2 or num_images < 1:
             raise InputError(f"a batch needs {least} identities and one image of each, the "
                              f"training set has {len(self.members)}; see --ids, --labelled")
-        if num_ids % world:
-            raise InputError(f"--ids {num_ids} cannot be shared evenly by {world} processes")
         groups = [math.ceil(len(images) / num_images) for images in self.members.values()]
         enough = math.ceil(sum(groups) / num_ids)
         self.length = max(enough, max(groups))
 
     def __len__(self) -> int:
+        """Batches of an epoch, the same in each."""
         return self.length
 
-    def __iter__(self) -> Iterator[Batch]:
-        rng = np.random.default_rng([self.seed, self.epoch])
+    def shuffle(self, epoch: int) -> np.ndarray:
+        """Indices of the images of an epoch, (batches, P K): a function of the seed and `epoch`."""
+        rng = np.random.default_rng([self.seed, epoch])
         groups = {pid: self.shuffled_groups(pid, rng) for pid in self.members}
-        share = self.P // self.world  # identities of this process
-        first = self.rank * share
-        for batch in range(self.length):
-            chosen = self.choose(groups, self.length - batch, rng)
-            images = []
-            for pid in chosen:
-                if not groups[pid]:
+        batches = []
+        for batches_left in range(self.length, 0, -1):
+            batch = []
+            for pid in self.choose(groups, batches_left, rng):
+                if not groups[pid]:  # all its images were seen; some come again
                     groups[pid] = self.shuffled_groups(pid, rng)[:1]
-                group = groups[pid].pop()
-                if pid in chosen[first:first + share]:
-                    images.extend(group)
-            step = self.epoch * self.length + batch
-            yield [(step, place, index) for place, index in enumerate(images, first * self.K)]
+                batch += groups[pid].pop()
+            batches.append(batch)
+        return np.array(batches)
 
     def shuffled_groups(self, pid: int, rng) -> list[list[int]]:
         """An identity's images, shuffled and cut into groups of K; the last one is filled up from
@@ -468,50 +471,26 @@ class PKSampler:
 
 
 class ShuffleSampler:
-    """Batches of shuffled images without identities; the last, incomplete one is dropped.
+    """Batches of shuffled images without identities; the last, incomplete one is dropped. Raises
+    InputError when there are fewer images than one batch."""
 
-    Order is a function of `seed` and the attribute `epoch`. `rank` takes its part of each step's
-    `batch` images, one of `world`, and yields it as `accumulate` micro-batches, one after another.
-    Raises InputError when there are fewer images than one batch.
-    """
-
-    def __init__(self, n: int, batch: int, seed: int = 0, rank: int = 0, world: int = 1,
-                 accumulate: int = 1):
+    def __init__(self, n: int, batch: int, seed: int = 0):
         if n < batch:
             raise InputError(f"a batch of {batch} needs that many images, the set has {n}; use a "
                              f"smaller --batch")
         self.n = n
         self.batch = batch
         self.seed = seed
-        self.epoch = 0
-        self.rank = rank
-        self.accumulate = accumulate
-        self.size = batch // (world * accumulate)  # of a micro-batch
 
     def __len__(self) -> int:
+        """Batches of an epoch."""
         return self.n // self.batch
 
-    def __iter__(self) -> Iterator[Batch]:
-        rng = np.random.default_rng([self.seed, self.epoch])
-        order = rng.permutation(self.n)
-        steps = len(self)
-        for i in range(steps):
-            step = self.epoch * steps + i
-            batch = order[i * self.batch:(i + 1) * self.batch].tolist()
-            for part in range(self.accumulate):
-                first = (self.rank * self.accumulate + part) * self.size
-                own = batch[first:first + self.size]
-                yield [(step, place, index) for place, index in enumerate(own, first)]
-
-
-def from_step(sampler, first: int, last: int) -> Iterator[Batch]:
-    """The batches of a sampler from step `first` on, until `last` steps, whole epochs, are done."""
-    for epoch in range(first // len(sampler), last // len(sampler)):
-        sampler.epoch = epoch
-        for batch in sampler:
-            step = batch[0][0]
-            if step >= first:
-                yield batch
+    def shuffle(self, epoch: int) -> np.ndarray:
+        """Indices of the images of an epoch, (batches, batch): a function of the seed and `epoch`.
+        """
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.n)
+        return order[:len(self) * self.batch].reshape(-1, self.batch)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -22,8 +22,8 @@ extra/formats.py, re-ranking is in extra/rerank.py, your own photos in extra/pho
 """
 
 import argparse
-import functools
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -354,15 +354,23 @@ def load_model(path: str | Path, /, **given) -> tuple[nn.Module, dict]:
 # ---------------------------------------------------------------------------------------------
 
 
-def read_batch(size: tuple[int, int], records: list[Record]) -> tuple[Tensor, Tensor]:
-    """uint8 images (B, 3, H, W), resized bilinearly as in the reference code, and the numbers of
-    their files (B,). A broken file is an error: leaving it out would make another test."""
-    images = []
-    numbers = []
-    for record in records:
-        images.append(read_image(record.path, size, Image.Resampling.BILINEAR))
-        numbers.append(file_number(record.path))
-    return torch.stack(images), torch.tensor(numbers)
+class ImageBatches(torch.utils.data.Dataset):
+    """[i] is the i-th batch of records: uint8 images (B, 3, H, W), resized bilinearly as in the
+    reference code, and the numbers of their files (B,). A broken file is an error: leaving it out
+    would make another test."""
+
+    def __init__(self, records: list[Record], size: tuple[int, int], batch_size: int):
+        self.records = records
+        self.size = size
+        self.batch_size = batch_size
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        images = []
+        numbers = []
+        for record in self.records[i * self.batch_size:(i + 1) * self.batch_size]:
+            images.append(read_image(record.path, self.size, Image.Resampling.BILINEAR))
+            numbers.append(file_number(record.path))
+        return torch.stack(images), torch.tensor(numbers)
 
 
 def file_number(path: str) -> int:
@@ -386,10 +394,10 @@ def extract(model: nn.Module, records: list[Record], size: tuple[int, int], mean
     if not records:
         raise InputError("no images, so no features")
     model.eval()
-    batches = [part.tolist() for part in torch.arange(len(records)).split(batch_size)]
-    collate = functools.partial(read_batch, size)
+    batches = math.ceil(len(records) / batch_size)
     done = []
-    for images, numbers in make_loader(records, batches[rank::world], workers, collate):
+    loader = make_loader(ImageBatches(records, size, batch_size), range(rank, batches, world), workers)
+    for images, numbers in loader:
         x = normalize(images.to(device, non_blocking=True), mean, std)       # (B, 3, H, W)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
             feature = model(x).float()                                       # (B, D)
@@ -403,7 +411,7 @@ def extract(model: nn.Module, records: list[Record], size: tuple[int, int], mean
         parts = runs.all_gather_object(done)
     features = []
     all_numbers = []
-    for i in range(len(batches)):                 # in the order of one process
+    for i in range(batches):                      # in the order of one process
         feature, numbers = parts[i % world][i // world]
         features.append(feature)
         all_numbers.append(numbers)

@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import (IMAGENET_MEAN, IMAGENET_STD, NAMES, ContrastViews, FineTuneTransform, Images,
-                  MultiCrop, PKSampler, ShuffleSampler, erasing_noise, from_step, hold_out,
-                  load_dataset, make_loader, some_identities)
+                  MultiCrop, PKSampler, ShuffleSampler, erasing_noise, hold_out, load_dataset,
+                  make_loader, some_identities)
 from evaluate import (ARCHS, ReIDModel, build_backbone, evaluate, load_weights, verify)
 from extra import flags, runs
 from extra.files import InputError, command_line
@@ -223,12 +223,12 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
 METHODS = {"personvit": PersonViTRecipe, "upreid": UPReIDRecipe}
 
 
-def views_of(method: str | None, recipe):
-    """What a method sees of an image; None: what fine-tuning does."""
-    if method is None:
+def views_of(recipe):
+    """What a training by this recipe sees of an image."""
+    if isinstance(recipe, Recipe):
         mean, std = NORMS[recipe.norm]
         return FineTuneTransform(recipe.size, mean, std, noise=recipe.erase == "noise")
-    if method == "personvit":
+    if isinstance(recipe, PersonViTRecipe):
         return MultiCrop(recipe.size, recipe.local_crops, recipe.global_scale, recipe.local_scale,
                          recipe.aspect)
     stripes = 0
@@ -251,68 +251,68 @@ def build_objective(recipe, runtime: Runtime, weights: str | None = None) -> nn.
     return objective.to(runtime.device, memory_format=torch.channels_last).train()
 
 
-def pretrain(method: str, recipe, dataset, run: Run, runtime: Runtime, weights: str | None = None,
+def pretrain(recipe, dataset, run: Run, runtime: Runtime, weights: str | None = None,
              monitor=None) -> nn.Module:
     """Pre-train on dataset.train without labels, going on from the run's checkpoint. Returns the
     objective.
 
-    weights: where both networks start, if not at random. monitor: a labelled dataset whose mAP by
-    frozen features is logged. Raises InputError for a recipe that does not fit together, too few
-    images, too many broken ones, and a loss that is not finite.
+    recipe: a method's, which builds its objective. weights: where both networks start, if not at
+    random. monitor: a labelled dataset whose mAP by frozen features is logged. Raises InputError
+    for a recipe that does not fit together, too few images, too many broken ones, and a loss that
+    is not finite.
     """
     device = torch.device(runtime.device)
     objective = build_objective(recipe, runtime, weights)
     optimizer = recipe.optimizer(objective)
-    transform = views_of(method, recipe)
+    transform = views_of(recipe)
     runs.compile_networks(objective, runtime)  # on a GPU
-    make_views = runs.compiled(transform.__call__, runtime)
+    make_views = runs.compiled(transform, runtime)
     ddp = runs.distributed(objective, runtime)  # itself, or DistributedDataParallel around it
-    sampler = ShuffleSampler(len(dataset.train), recipe.batch, recipe.seed, runtime.rank,
-                             runtime.world, runtime.accumulate)
-    crops = Images(dataset.train, transform, recipe.seed, recipe.draw)
+    sampler = ShuffleSampler(len(dataset.train), recipe.batch, recipe.seed)
+    crops = Images(dataset.train, sampler, transform, recipe.seed, recipe.draw, runtime.rank,
+                   runtime.world)
     meter = Meter(objective, dataset.train, run, runtime)
-    epoch_steps = len(sampler)
-    last = recipe.epochs * epoch_steps
+    steps_per_epoch = len(sampler)
+    last = recipe.epochs * steps_per_epoch
     with run.begin(), runs.stop_requests() as stop:  # from here on the folder is this run's
-        first = run.restore(model=objective, optimizer=optimizer)  # 0, or from its checkpoint
-        bf16 = runs.usable_bfloat16(recipe.bf16, objective, crops, sampler, run)
-        recipe = replace(recipe, bf16=bf16)
-        loader = iter(make_loader(crops, from_step(sampler, first, last), runtime.workers))
-        for epoch in range(first // epoch_steps, recipe.epochs):
-            start = epoch * epoch_steps
-            if first <= start:  # else this epoch was begun before a stop
+        done = run.restore(model=objective, optimizer=optimizer)  # steps: 0, or its checkpoint's
+        bf16 = runs.usable_bfloat16(recipe.bf16, objective, crops, run)
+        loader = meter.timed(make_loader(crops, range(done, last), runtime.workers))
+        for epoch in range(done // steps_per_epoch, recipe.epochs):
+            if done % steps_per_epoch == 0:  # else a run goes on within an epoch
                 between_epochs(objective, epoch, transform, recipe, monitor, run, runtime)
             meter.reset()
-            for step in range(max(first, start), start + epoch_steps):
-                rates, settings = recipe.schedule(step, epoch_steps)
+            for step in range(done, (epoch + 1) * steps_per_epoch):
+                rates, settings = recipe.schedule(step, steps_per_epoch)
                 for group in optimizer.param_groups:
                     group["lr"] = rates["lr"]
                     group["weight_decay"] = rates["weight_decay"] * group["decay"]
-                runtime.begin_step(recipe.seed, step)             # seeds stochastic depth
-                for micro_batch in range(runtime.accumulate):
-                    batch = meter.next_batch(loader)              # next(loader), timed
-                    images = batch["images"].to(device, non_blocking=True)  # (B, 3, H, W) uint8
-                    params = batch["params"].to(device, non_blocking=True)  # (B, views, numbers)
-                    views = make_views(images, params)
-                    if "masks" in batch:
-                        views["masks"] = batch["masks"]           # stay on the CPU, see `forward`
-                    # gradients add up; processes exchange them with the last micro-batch
-                    ddp.require_backward_grad_sync = micro_batch + 1 == runtime.accumulate
-                    with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bf16):
+                torch.manual_seed(hash((recipe.seed, step, runtime.rank)))  # of stochastic depth
+                batch = next(loader)
+                images = batch["images"].to(device, non_blocking=True)  # (B, 3, H, W) uint8
+                params = batch["params"].to(device, non_blocking=True)  # (B, views, numbers)
+                n = runtime.accumulate  # micro-batches, whose gradients add up
+                for i in range(n):
+                    views = make_views(images.chunk(n)[i], params.chunk(n)[i])
+                    if "masks" in batch:  # they stay on the CPU, see `forward`
+                        views["masks"] = batch["masks"].chunk(n, dim=1)[i]
+                    ddp.require_backward_grad_sync = i + 1 == n  # processes exchange them once
+                    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                         losses = ddp(views, **settings)
-                    (losses["total"] / runtime.accumulate).backward()
+                    (losses["total"] / n).backward()
                     meter.add(losses)
-                meter.add({"grad_norm": objective.clip_gradients(epoch)})
+                grad_norm = objective.clip_gradients(epoch)
+                meter.add({"grad_norm": grad_norm})
                 optimizer.step()
                 optimizer.zero_grad()
-                objective.update_teacher(**settings)              # no gradient reaches the teacher
+                objective.update_teacher(**settings)  # no gradient reaches the teacher
 
                 done = step + 1
                 stopping = bool(stop)
                 if runtime.world > 1:
                     stopping = runs.any_process(stop)
                 saving = stopping or done % runtime.save_every == 0 or done == last
-                if saving or done % runtime.log_every == 0 or done % epoch_steps == 0:
+                if saving or done % runtime.log_every == 0 or done % steps_per_epoch == 0:
                     run.log(epoch=epoch + 1, **meter.read(done, last), **rates, **settings)
                 if saving:
                     run.save_checkpoint(done, model=objective, optimizer=optimizer)
@@ -379,7 +379,7 @@ def build_model(recipe: Recipe, num_ids: int, runtime: Runtime, weights: str | N
     return model.to(runtime.device, memory_format=torch.channels_last).train()
 
 
-def fine_tune(recipe: Recipe, dataset, run: Run, weights: str | None, runtime: Runtime,
+def fine_tune(recipe: Recipe, dataset, run: Run, runtime: Runtime, weights: str | None = None,
               monitor=None) -> ReIDModel:
     """Fine-tune on dataset.train, going on from the run's checkpoint. Returns the model, ready to
     evaluate.
@@ -388,44 +388,43 @@ def fine_tune(recipe: Recipe, dataset, run: Run, weights: str | None, runtime: R
     weights that do not fit, too many broken images, and a loss that is not finite.
     """
     device = torch.device(runtime.device)
-    sampler = PKSampler([record.pid for record in dataset.train], recipe.ids, recipe.images,
-                        recipe.seed, runtime.rank, runtime.world)
+    pids = [record.pid for record in dataset.train]
+    sampler = PKSampler(pids, recipe.ids, recipe.images, recipe.seed)
     model = build_model(recipe, len(sampler.members), runtime, weights)
     optimizer = make_optimizer(recipe, model)
-    transform = views_of(None, recipe)
+    transform = views_of(recipe)
     runs.compile_networks(model, runtime)  # on a GPU
-    augment = runs.compiled(transform.__call__, runtime)
+    augment = runs.compiled(transform, runtime)
     objective = FineTuning(model, recipe)
     ddp = runs.distributed(objective, runtime)  # itself, or DistributedDataParallel around it
-    crops = Images(dataset.train, transform, recipe.seed)
+    crops = Images(dataset.train, sampler, transform, recipe.seed, None, runtime.rank,
+                   runtime.world)
     meter = Meter(objective, dataset.train, run, runtime)
-    epoch_steps = len(sampler)
-    last = recipe.epochs * epoch_steps
+    reading = stored(recipe, dataset)
+    steps_per_epoch = len(sampler)
+    last = recipe.epochs * steps_per_epoch
     with run.begin(), runs.stop_requests() as stop:  # from here on the folder is this run's
-        first = run.restore(model=model, optimizer=optimizer)  # 0, or from its checkpoint
-        bf16 = runs.usable_bfloat16(recipe.bf16, model, crops, sampler, run)
-        recipe = replace(recipe, bf16=bf16)
-        reading = stored(recipe, dataset)
-        loader = iter(make_loader(crops, from_step(sampler, first, last), runtime.workers))
-        for epoch in range(first // epoch_steps, recipe.epochs):
+        done = run.restore(model=model, optimizer=optimizer)  # steps: 0, or its checkpoint's
+        bf16 = runs.usable_bfloat16(recipe.bf16, model, crops, run)
+        loader = meter.timed(make_loader(crops, range(done, last), runtime.workers))
+        for epoch in range(done // steps_per_epoch, recipe.epochs):
+            if done % steps_per_epoch == 0:  # else a run goes on within an epoch
+                log_monitor(model, reading, epoch, recipe, monitor, run, runtime)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(recipe, epoch, group["scale"])
             rates = {"lr": learning_rate(recipe, epoch)}
-            start = epoch * epoch_steps
-            if first <= start:  # else this epoch was begun before a stop
-                log_monitor(model, reading, epoch, recipe, monitor, run, runtime)
             meter.reset()
-            for step in range(max(first, start), start + epoch_steps):
-                runtime.begin_step(recipe.seed, step)             # seeds stochastic depth
-                batch = meter.next_batch(loader)                  # next(loader), timed
-                images = batch["images"].to(device, non_blocking=True)      # (B, 3, H, W) uint8
-                params = batch["params"].to(device, non_blocking=True)      # (B, 7)
-                pids = batch["pids"].to(device, non_blocking=True)          # (B,)
+            for step in range(done, (epoch + 1) * steps_per_epoch):
+                torch.manual_seed(hash((recipe.seed, step, runtime.rank)))  # of stochastic depth
+                batch = next(loader)
+                images = batch["images"].to(device, non_blocking=True)  # (B, 3, H, W) uint8
+                params = batch["params"].to(device, non_blocking=True)  # (B, 7)
+                pids = batch["pids"].to(device, non_blocking=True)      # (B,)
                 noise = None
                 if recipe.erase == "noise":
                     noise = erasing_noise(images, recipe.seed, step, runtime.rank, runtime.world)
-                x = augment(images, params, noise)                # (B, 3, H, W) float32
-                with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bf16):
+                x = augment(images, params, noise)                      # (B, 3, H, W) float32
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     losses = ddp(x, pids)
                 losses["total"].backward()
                 gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -439,7 +438,7 @@ def fine_tune(recipe: Recipe, dataset, run: Run, weights: str | None, runtime: R
                 if runtime.world > 1:
                     stopping = runs.any_process(stop)
                 saving = stopping or done % runtime.save_every == 0 or done == last
-                if saving or done % runtime.log_every == 0 or done % epoch_steps == 0:
+                if saving or done % runtime.log_every == 0 or done % steps_per_epoch == 0:
                     run.log(epoch=epoch + 1, **meter.read(done, last), **rates)
                 if saving:
                     run.save_checkpoint(done, model=model, optimizer=optimizer)
@@ -471,7 +470,7 @@ def fine_tune_and_evaluate(recipe: Recipe, dataset, out, overwrite: bool, weight
     if results and not overwrite:
         print(f"{run.folder} is finished; --overwrite starts over")
         return results
-    model = fine_tune(recipe, dataset, run, weights, runtime, monitor)
+    model = fine_tune(recipe, dataset, run, runtime, weights, monitor)
     print(f"saved {run.folder}/model.pth; training took {run.seconds / 60:.1f} minutes")
     if not dataset.query or not dataset.gallery:
         print(f"{dataset.name} has no queries, or no gallery, to evaluate it with")
@@ -569,12 +568,12 @@ def main(argv: list[str] | None = None) -> None:
     if monitor and not (monitor.query and monitor.gallery):
         raise InputError(f"--monitor {args.monitor}: it has no queries, or no gallery")
     if args.sheet:
-        pictures.draw_sheet(args.sheet, dataset, recipe, views_of(args.pretrain, recipe))
+        pictures.draw_sheet(args.sheet, dataset, recipe, views_of(recipe))
         return
     if args.pretrain:
         run = runs.open_run(out, recipe, dataset, args.overwrite, runtime, args.weights,
                             pretrain=args.pretrain)
-        pretrain(args.pretrain, recipe, dataset, run, runtime, args.weights, monitor)
+        pretrain(recipe, dataset, run, runtime, args.weights, monitor)
         labelled = "market1501"
         if dataset.query:
             labelled = args.dataset

@@ -86,7 +86,7 @@ class SmallStep:
         runtime = runs.Runtime(device, backend=backend)
         if self.method:
             self.objective = train.build_objective(self.recipe, runtime)
-            self.transform = train.views_of(self.method, self.recipe)
+            self.transform = train.views_of(self.recipe)
             self.optimizer = self.recipe.optimizer(self.objective)
         else:
             with contextlib.redirect_stdout(io.StringIO()):  # a warning of random weights
@@ -318,7 +318,7 @@ def staged(method: str, recipe, dataset, device: str, steps: int, backend: str) 
 
     def timed_views(function, runtime):
         made = compiled(function, runtime)
-        return stages.timed("views", made) if function.__name__ == "__call__" else made
+        return stages.timed("views", made) if hasattr(function, "draw") else made
 
     module = {"personvit": PersonViT, "upreid": UPReID}.get(method, train.FineTuning)
     places = [(module, "forward", "forward"), (torch.Tensor, "backward", "backward"),
@@ -339,9 +339,9 @@ def staged(method: str, recipe, dataset, device: str, steps: int, backend: str) 
         runtime = runs.Runtime(device, workers, save_every=10 ** 9, log_every=steps,
                                backend=backend)
         if method:
-            train.pretrain(method, recipe, dataset, run, runtime)
+            train.pretrain(recipe, dataset, run, runtime)
         else:
-            train.fine_tune(recipe, dataset, run, None, runtime)
+            train.fine_tune(recipe, dataset, run, runtime)
     return stages
 
 

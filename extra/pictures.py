@@ -358,7 +358,7 @@ def first_views(dataset, recipe, transform) -> dict[str, Tensor]:
         records = some_identities(records, recipe.labelled, recipe.seed)
         sampler = PKSampler([record.pid for record in records], recipe.ids, recipe.images,
                             recipe.seed)
-    batch = Images(records, transform, recipe.seed, draw).__getitems__(next(iter(sampler)))
+    batch = Images(records, sampler, transform, recipe.seed, draw)[0]
     images = batch["images"]
     inputs = [images, batch["params"]]
     if draw:

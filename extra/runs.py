@@ -53,14 +53,6 @@ class Runtime:
     rank: int = 0             # this process among
     world: int = 1            # ... the processes that share each batch
 
-    def begin_step(self, seed: int, step: int) -> None:
-        """Seed the device's own generator, from which stochastic depth samples; and tell CUDA
-        graphs, if they are wanted (docs/long-runs.md), that they may write over the last step."""
-        key = f"{seed} {step} {self.rank} stochastic depth"
-        torch.manual_seed(random.Random(key).getrandbits(63))
-        if self.backend:
-            torch.compiler.cudagraph_mark_step_begin()
-
 
 def cores() -> int:
     """Cores of this process: those it may use, shared with torchrun's others here; at least 1."""
@@ -122,13 +114,13 @@ def compiled(function, runtime: Runtime):
     return torch.compile(function, backend=runtime.backend, fullgraph=True, dynamic=False)
 
 
-def usable_bfloat16(wanted: bool, module: nn.Module, images, sampler, run) -> bool:
+def usable_bfloat16(wanted: bool, module: nn.Module, images, run) -> bool:
     """Is bfloat16 wanted, and right for what the networks will see? machine.json says what is used:
     it does not decide whether a run may go on."""
     bf16 = wanted
     device = next(module.parameters()).device
     if wanted and device.type == "cpu":
-        batch = images.__getitems__(next(iter(sampler)))
+        batch = images[0]
         views = images.views(batch["images"], batch["params"])
         if isinstance(views, Tensor):
             views = {"image": views}
@@ -247,7 +239,7 @@ def any_process(stop: list) -> bool:
 
 
 class Meter:
-    """Means since the last line of the log, broken images, and what a clock measures. Sums stay on
+    """Means since the last line of the log, broken images, and what a clock measures. Values stay on
     the device: reading them in every step would keep the GPU waiting."""
 
     def __init__(self, objective, records, run, runtime: Runtime):
@@ -255,46 +247,47 @@ class Meter:
         self.records = records
         self.run = run
         self.world = runtime.world
+        self.compiled = bool(runtime.backend)
         self.broken: set[int] = set()
         self.reset()
 
     def reset(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
+        self.values: dict[str, list[Tensor]] = {}
         self.images = 0
         self.waited = 0.0
         self.since = time.perf_counter()
 
-    def next_batch(self, loader) -> dict:
-        """The next batch of an iterator; counts images, and the time that the loop stands still."""
-        start = time.perf_counter()
-        batch = next(loader)
-        self.waited += time.perf_counter() - start
-        self.images += len(batch["images"]) * self.world
-        self.broken.update(batch["replaced"])
-        return batch
+    def timed(self, loader):
+        """The batches of a loader, one for each step; counts images, and the time that the loop
+        waits for them. CUDA graphs, if they are wanted (docs/long-runs.md), are told that they may
+        write over the step before."""
+        batches = iter(loader)
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            self.waited += time.perf_counter() - start
+            self.images += len(batch["images"]) * self.world
+            self.broken.update(batch["replaced"])
+            if self.compiled:
+                torch.compiler.cudagraph_mark_step_begin()
+            yield batch
 
     def add(self, values: dict[str, Tensor]) -> None:
         """Scalars of a step or micro-batch; "grad_norm" comes once in a step."""
-        new = [value.detach().float() for value in values.values()]
-        for name, value in zip(values, new):
-            if name not in self.sums:
-                self.sums[name] = torch.zeros_like(value)
-                self.counts[name] = 0
-            self.counts[name] += 1
-        torch._foreach_add_([self.sums[name] for name in values], new)
+        for name, value in values.items():
+            self.values.setdefault(name, []).append(value.detach())
 
     def read(self, done: int, last: int) -> dict:
         """Means over steps and processes since the last reading; images per second, share of the
         time spent waiting for data, h:mm:ss to the end; what the objective says of them. Raises
         InputError for a loss or gradient that is not finite, and where more than 1 % of the
         training images are broken."""
-        sums = torch.stack(list(self.sums.values()))
+        means = torch.stack([torch.stack(found).float().mean() for found in self.values.values()])
         if self.world > 1:
-            dist.all_reduce(sums)
-        values = {}
-        for name, total in zip(self.sums, sums.tolist()):
-            values[name] = total / (self.counts[name] * self.world)
+            dist.all_reduce(means)
+        values = dict(zip(self.values, (means / self.world).tolist()))
         if not math.isfinite(values["total"] + values["grad_norm"]):
             raise InputError(f"the loss or its gradient is not finite at step {done} or just "
                              f"before; the last good state: {self.run.latest()}; start anew "
@@ -305,7 +298,7 @@ class Meter:
             raise InputError(f"{len(self.broken)} of {len(self.records)} training images cannot be "
                              f"read, more than 1 %: {names}; a damaged copy, or of no known kind")
         seconds = time.perf_counter() - self.since
-        left = seconds / self.counts["grad_norm"] * (last - done)
+        left = seconds / len(self.values["grad_norm"]) * (last - done)
         line = {"step": done, "steps": last, **values, "broken_images": len(self.broken),
                 "img_s": round(self.images / seconds, 1), "wait": round(self.waited / seconds, 3),
                 "left": str(timedelta(seconds=round(left))), **self.objective.reference}

@@ -203,8 +203,8 @@ def run_rows(rows: list[Row], dataset, out: Path, overwrite: bool, runtime: Runt
             name = f"{TITLES[row.method]} kept" if row.kept else row.origin
             run = open_run(out / file_name(f"{name}_{seed}_pretraining"), row.before, part,
                            overwrite, runtime, weights, pretrain=row.method)
-            pretrain(row.method, row.before, part, run, dataclasses.replace(
-                runtime, keep_every=row.kept), weights)
+            pretrain(row.before, part, run, dataclasses.replace(runtime, keep_every=row.kept),
+                     weights)
             pretrained[key] = run.folder
         if row.before:
             name = f"backbone_e{row.kept:04d}.pth" if row.kept else "backbone.pth"

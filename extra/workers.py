@@ -9,10 +9,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 
-def hand_over(collate, items):
-    """collate(items), in a worker moved to shared memory here: where that is full, PyTorch's thread
-    that sends batches would print an error, drop the batch, and leave the main process waiting."""
-    batch = collate(items)
+def hand_over(batch):
+    """The batch, in a worker moved to shared memory here: where that is full, PyTorch's thread that
+    sends batches would print an error, drop the batch, and leave the main process waiting."""
     if torch.utils.data.get_worker_info():
         return tree_map_only(Tensor, Tensor.share_memory_, batch)
     return batch

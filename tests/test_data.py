@@ -14,7 +14,7 @@ from conftest import ROOT, command, market_tree, write_image
 from PIL import Image
 
 import data
-from data import (FineTuneTransform, Images, InputError, MultiCrop, PKSampler, Record, ShuffleSampler, Unlabelled, from_step, hold_out,
+from data import (FineTuneTransform, Images, InputError, MultiCrop, PKSampler, Record, ShuffleSampler, Unlabelled, hold_out,
                   load_dataset, make_loader, some_identities)
 from extra.files import read_image
 from extra.people import make_synthetic
@@ -289,18 +289,31 @@ def broken_set(tmp_path, broken: list[int], n: int = 8):
     return records
 
 
+class Batches:
+    """A sampler of given batches."""
+
+    def __init__(self, *batches):
+        self.batches, self.batch = np.array(batches), len(batches[0])
+
+    def __len__(self):
+        return len(self.batches)
+
+    def shuffle(self, epoch):
+        return self.batches
+
+
 def test_broken_image_is_replaced_by_its_own_identity(tmp_path):
     views, records = FineTuneTransform((16, 8), (0.5,) * 3, (0.5,) * 3), broken_set(tmp_path, [1, 2])
-    batch = [(7, place, index) for place, index in enumerate((0, 1, 2, 5))]
-    found = Images(records, views).__getitems__(batch)
+    batch = Batches([0, 1, 2, 5])
+    found = Images(records, batch, views)[7]
     assert found["replaced"] == [1, 2] and found["pids"].tolist() == [0, 0, 0, 1]
     assert all(torch.equal(found["images"][i], read_image(records[3].path, (16, 8), BICUBIC)) for i in (1, 2))
-    whole = Images(broken_set(tmp_path / "a", []), views).__getitems__(batch)
+    whole = Images(broken_set(tmp_path / "a", []), batch, views)[7]
     assert torch.equal(found["params"], whole["params"])     # a substitute keeps its place's parameters
-    others = Images(broken_set(tmp_path / "b", [0, 1, 2, 3]), views)
-    assert others.__getitems__([(0, 0, 2)])["pids"].tolist() == [1]  # nobody left of that identity: the next one
+    others = Images(broken_set(tmp_path / "b", [0, 1, 2, 3]), Batches([2]), views)
+    assert others[0]["pids"].tolist() == [1]                 # nobody left of that identity: the next one
     with pytest.raises(InputError, match="no readable image was found near it") as caught:
-        Images(broken_set(tmp_path / "c", list(range(8))), views).__getitems__([(0, 0, 0)])
+        Images(broken_set(tmp_path / "c", list(range(8))), Batches([0]), views)[0]
     assert str(tmp_path / "c" / "0.png") in str(caught.value)
 
 
@@ -312,9 +325,8 @@ def masks(generator):
 def test_what_is_sampled_for_an_image_depends_on_seed_step_and_place_alone(tmp_path, draw):
     """... not on the image, nor on the other images of the batch, nor on the process that reads it."""
     records, views = broken_set(tmp_path, []), MultiCrop((16, 8), num_local=1)
-    batch = [(7, place, index) for place, index in enumerate((3, 3, 0, 5))]
-    one = Images(records, views, 2, draw)
-    found = one.__getitems__(batch)
+    one = Images(records, Batches([3, 3, 0, 5]), views, 2, draw)
+    found = one[7]
     assert set(found) == {"images", "params", "pids", "replaced"} | ({"masks", "ratios"} if draw else set())
     assert found["images"].shape == (4, 3, 16, 8) and found["images"].dtype == torch.uint8 and found["pids"].tolist() == [0, 0, 0, 1]
     assert found["params"].dtype == torch.float32 and found["replaced"] == []
@@ -324,25 +336,38 @@ def test_what_is_sampled_for_an_image_depends_on_seed_step_and_place_alone(tmp_p
     if draw:
         assert found["masks"].shape == (2, 4, 4, 2) and found["ratios"].shape == (2, 4)
 
-    def sampled(dataset, batch):
-        return {name: dataset.__getitems__(batch)[name] for name in random_parts}
-
     def equal(a, b):
         return all(torch.equal(a[name], b[name]) for name in random_parts)
 
-    whole = sampled(one, batch)
-    assert equal(whole, sampled(one, [(7, place, 1) for place in range(4)]))
-    parts = [sampled(one, batch[i:i + 1]) for i in range(4)]
-    joined = {name: torch.cat([part[name] for part in parts], dim=int(name != "params")) for name in random_parts}
-    assert equal(whole, joined)
-    for other in (sampled(Images(records, views, 3, draw), batch), sampled(one, [(8, place, index) for _, place, index in batch]),
-                  sampled(one, [(7, place + 4, index) for _, place, index in batch])):
-        assert not any(torch.equal(whole[name], other[name]) for name in random_parts)
+    assert equal(found, Images(records, Batches([1, 1, 1, 1]), views, 2, draw)[7])
+    for world in (2, 4):
+        parts = [Images(records, Batches([3, 3, 0, 5]), views, 2, draw, rank, world)[7] for rank in range(world)]
+        assert equal(found, {name: torch.cat([part[name] for part in parts], dim=int(name != "params")) for name in random_parts})
+        assert torch.equal(torch.cat([part["images"] for part in parts]), found["images"])
+    with pytest.raises(InputError, match="a batch of 4 images cannot be shared evenly by 3 processes; see --batch"):
+        Images(records, Batches([3, 3, 0, 5]), views, world=3)
+    later = Images(records, Batches([0, 1, 2, 3, 3, 3, 0, 5]), views, 2, draw, 1, 2)[7]      # places 4 to 7
+    for other in (Images(records, Batches([3, 3, 0, 5]), views, 3, draw)[7], one[8], later):
+        assert not any(torch.equal(found[name], other[name]) for name in random_parts)
     assert len(found["params"].flatten(1).unique(dim=0)) == 4          # image 3 twice, with other parameters
     for workers in (0, 2):
-        loaded = list(make_loader(one, [batch, batch[:2]], workers))
-        assert equal(loaded[0], whole) and torch.equal(loaded[0]["images"], found["images"]) and loaded[0]["replaced"] == []
-        assert [len(part["images"]) for part in loaded] == [4, 2]
+        loaded = list(make_loader(one, range(7, 10), workers))
+        assert len(loaded) == 3 and equal(loaded[0], found) and torch.equal(loaded[0]["images"], found["images"])
+        assert loaded[0]["replaced"] == []
+
+
+def test_an_epoch_is_shuffled_once_in_whatever_order_of_steps(tmp_path):
+    records, views = broken_set(tmp_path, []), MultiCrop((16, 8), num_local=0)
+    sampler, calls = ShuffleSampler(8, 2, seed=3), []
+    images = Images(records, sampler, views)
+    first = [images[step]["images"] for step in range(12)]
+    real = sampler.shuffle
+    sampler.shuffle = lambda epoch: calls.append(epoch) or real(epoch)
+    images = Images(records, sampler, views)
+    for step in (1, 3, 4, 7, 11, 0):
+        assert torch.equal(images[step]["images"], first[step])
+    assert calls == [0, 1, 2, 0]
+    assert len({float(x.double().sum()) for x in first[:4]}) == 4
 
 
 # ---- sampler ---------------------------------------------------------------------------------
@@ -354,15 +379,6 @@ def random_pids(seed):
     return rng.permutation(np.repeat(np.arange(ids), rng.integers(1, rng.choice([3, 9, 60]), ids))), ids
 
 
-def indices(sampler) -> list[list[int]]:
-    """Images of each batch; places count up through the whole batch, and each has one step."""
-    found = list(sampler)
-    for batch in found:
-        steps, places, _ = zip(*batch)
-        assert len(set(steps)) == 1 and list(places) == list(range(places[0], places[0] + len(places)))
-    return [[index for _, _, index in batch] for batch in found]
-
-
 @pytest.mark.parametrize("seed", range(30))
 def test_pk_batches(seed):
     pids, ids = random_pids(seed)
@@ -372,28 +388,24 @@ def test_pk_batches(seed):
     count = collections.Counter(pids.tolist())
     epochs = []
     for epoch in range(3):
-        sampler.epoch = epoch
-        placed, batches = list(sampler), indices(sampler)
-        assert len(batches) == len(sampler) and [b[0][0] for b in placed] == [epoch * len(sampler) + i for i in range(len(batches))]
+        batches = sampler.shuffle(epoch).tolist()
+        assert len(batches) == len(sampler) and sampler.batch == P * K
         for batch in batches:
             groups = pids[batch].reshape(P, K)
             assert (groups == groups[:, :1]).all() and len(set(groups[:, 0])) == P
             for group in np.asarray(batch).reshape(P, K):      # repeats only when the identity is that small
                 assert len(set(group)) == min(K, count[pids[group[0]]])
         assert set(sum(batches, [])) == set(range(len(pids)))  # every image, in every epoch
-        assert list(sampler) == placed                         # the same epoch again
+        assert sampler.shuffle(epoch).tolist() == batches      # the same epoch again
         epochs.append(batches)
     assert epochs[0] != epochs[1] or len(pids) < 8
     least = max(-(-n // K) for n in count.values())
     assert len(sampler) == max(least, -(-sum(-(-n // K) for n in count.values()) // P))  # no longer than needed
 
 
-def test_pk_batches_are_shared_by_processes():
+def test_pk_batches_differ_by_seed():
     pids = np.repeat(np.arange(20), 7)
-    whole = list(PKSampler(pids, 8, 3, seed=5))
-    parts = [list(PKSampler(pids, 8, 3, seed=5, rank=r, world=4)) for r in range(4)]
-    assert [sum(p, []) for p in zip(*parts)] == whole
-    assert list(PKSampler(pids, 8, 3, seed=6)) != whole
+    assert PKSampler(pids, 8, 3, seed=6).shuffle(0).tolist() != PKSampler(pids, 8, 3, seed=5).shuffle(0).tolist()
 
 
 def test_pk_sampler_refuses():
@@ -406,21 +418,14 @@ def test_pk_sampler_refuses():
             PKSampler([4, 4, 5], ids, images)
     with pytest.raises(InputError, match="the training set has 0"):
         PKSampler([], 2, 4)
-    with pytest.raises(InputError, match="--ids 8 cannot be shared evenly by 3"):
-        PKSampler(np.arange(20), 8, 4, world=3)
 
 
 def test_shuffled_batches():
     sampler = ShuffleSampler(23, 5, seed=1)
-    first = indices(sampler)
-    assert len(first) == len(sampler) == 4 and len(set(sum(first, []))) == 20
-    sampler.epoch = 1
-    assert indices(sampler) != first
-    whole = list(ShuffleSampler(23, 12, seed=1))
-    halves = [list(ShuffleSampler(23, 12, seed=1, rank=r, world=2)) for r in range(2)]
-    assert [a + b for a, b in zip(*halves)] == whole                    # the very same places
-    parts = [list(ShuffleSampler(23, 12, seed=1, rank=r, world=2, accumulate=3)) for r in range(2)]
-    assert [len(batch) for batch in parts[0]] == [2, 2, 2] and sum(parts[0] + parts[1], []) == whole[0]
+    first = sampler.shuffle(0)
+    assert first.shape == (len(sampler), 5) == (4, 5) and len(set(first.flatten().tolist())) == 20
+    assert sampler.shuffle(1).tolist() != first.tolist() == ShuffleSampler(23, 5, seed=1).shuffle(0).tolist()
+    assert ShuffleSampler(23, 5, seed=2).shuffle(0).tolist() != first.tolist()
     with pytest.raises(InputError, match="a batch of 24 needs that many images, the set has 23"):
         ShuffleSampler(23, 24)
 
@@ -431,8 +436,7 @@ def test_identities_are_chosen_in_proportion_to_the_groups_they_have_left():
     firsts = collections.Counter()
     for seed in range(2000):
         sampler = PKSampler(pids, 2, 1, seed=seed)
-        batch = next(iter(sampler))
-        firsts.update(int(pids[index]) for _, _, index in batch)
+        firsts.update(pids[sampler.shuffle(0)[0]].tolist())
     # with the other one, a second draw: 8/24 + sum over the first of 1/24 * 8/23
     wanted = 8 / 24 + 16 / 24 * 8 / 23
     assert len(sampler) == 12 and abs(firsts[0] / 2000 - wanted) < 0.035
@@ -444,18 +448,7 @@ def test_identities_need_not_be_numbered_from_0():
     pids = np.array([40, -7, 40, 10 ** 12, -7, 40])
     sampler = PKSampler(pids, 3, 2)
     assert sampler.members == {40: [0, 2, 5], -7: [1, 4], 10 ** 12: [3]}
-    assert [sorted(pids[batch].tolist()) for batch in indices(sampler)] == [[-7, -7, 40, 40, 10 ** 12, 10 ** 12]] * 2
-
-
-@pytest.mark.parametrize("sampler", [PKSampler(np.repeat(np.arange(6), 5), 3, 2), ShuffleSampler(23, 6, accumulate=2)])
-def test_batches_go_on_from_any_step(sampler):
-    per_epoch, epochs = len(sampler), []
-    for epoch in range(3):
-        sampler.epoch = epoch
-        epochs += list(sampler)
-    assert {batch[0][0] for batch in epochs} == set(range(3 * per_epoch))
-    for first in (0, 1, per_epoch - 1, per_epoch, 2 * per_epoch + 1, 3 * per_epoch):
-        assert list(from_step(sampler, first, 3 * per_epoch)) == [batch for batch in epochs if batch[0][0] >= first]
+    assert [sorted(pids[batch].tolist()) for batch in sampler.shuffle(0)] == [[-7, -7, 40, 40, 10 ** 12, 10 ** 12]] * 2
 
 
 def test_a_smaller_share_of_the_identities_is_a_part_of_a_larger_one():

@@ -20,7 +20,7 @@ def test_a_short_pretraining_learns(people, tmp_path, monkeypatch):
     recipe = dataclasses.replace(PersonViTRecipe.preset("synthetic"), epochs=4, batch=16, lr=4e-3, warmup=1, local_crops=2,
                                  prototypes=256, hidden=256, bottleneck=64, drop_path=0.0)
     run = Run(tmp_path / "run", {})
-    train.pretrain("personvit", recipe, people, run, Runtime("cpu", 0, log_every=34, monitor_every=4), monitor=people)
+    train.pretrain(recipe, people, run, Runtime("cpu", 0, log_every=34, monitor_every=4), monitor=people)
     untrained, first, *lines, last, trained = log_lines(run.folder)
     assert min(line["total"] for line in lines[:3]) < 0.8 * first["total"] and last["kl"] < 0.5 * first["kl"]
     assert not any("warning" in line for line in (first, *lines, last)) and last["mutual_information"] > 0.1

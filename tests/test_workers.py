@@ -25,14 +25,15 @@ from data import InputError, make_loader
 from extra.files import command_line
 
 
-def collate(items):
-    {collate}
-    return torch.tensor(items)
+class Numbers(torch.utils.data.Dataset):
+    def __getitem__(self, i):
+        {item}
+        return torch.tensor([i])
 
 
 def main():
     {before}
-    for batch in make_loader(range(60), [[i] for i in range(60)], 2, collate):
+    for batch in make_loader(Numbers(), range(60), 2):
         print(int(batch), flush=True)
     print("all done")
 
@@ -47,9 +48,9 @@ def hear_ctrl_c():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def start(folder: Path, collate="pass", before="pass", call="command_line(main)", printed=("0\n", "1\n")):
+def start(folder: Path, item="pass", before="pass", call="command_line(main)", printed=("0\n", "1\n")):
     script = folder / "script.py"
-    script.write_text(SCRIPT.format(root=str(ROOT), collate=collate, before=before, call=call))
+    script.write_text(SCRIPT.format(root=str(ROOT), item=item, before=before, call=call))
     process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                start_new_session=True, preexec_fn=hear_ctrl_c)
     for line in printed:                                         # both workers are at work
@@ -70,13 +71,13 @@ def ended(process, limit=30) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-BUSY = "time.sleep(0.05 if items[0] < 9 else 60)"                # in the middle of a batch for a minute
+BUSY = "time.sleep(0.05 if i < 9 else 60)"                # in the middle of a batch for a minute
 
 
 @pytest.mark.parametrize("call", ["command_line(main)", "main()"])
 def test_an_error_ends_the_workers_too(tmp_path, call):
     """An error in one while another is busy, and one line of it, with or without `command_line`."""
-    status, _, err = ended(start(tmp_path, f"if items[0] == 8: raise InputError('the eighth is broken')\n    {BUSY}",
+    status, _, err = ended(start(tmp_path, f"if i == 8: raise InputError('the eighth is broken')\n        {BUSY}",
                                  call=call))
     assert status == 1 and err.strip().endswith("the eighth is broken")
     assert err == "error: the eighth is broken\n" or call == "main()"
@@ -115,7 +116,7 @@ def test_workers_end_soon_after_their_main_process_was_killed(tmp_path):
 
 
 def fail_beside_a_loader():
-    batches = iter(make_loader(range(99), [[i] for i in range(99)], 1))
+    batches = iter(make_loader([{}] * 99, range(99), 1))
     cycle = [next(batches), batches]                             # as an exception of PyTorch's compiler holds it
     cycle.append(cycle)
     raise RuntimeError("of ours")
@@ -143,7 +144,7 @@ def all_end(pids, limit=30) -> bool:
 
 def test_a_worker_that_the_system_ends_is_one_line(tmp_path):
     """... at the end: before it a thread of Python's, that was sending to that worker, may complain on its own."""
-    process = start(tmp_path, "os.kill(os.getpid(), signal.SIGKILL) if items[0] == 9 else time.sleep(0.02)")
+    process = start(tmp_path, "os.kill(os.getpid(), signal.SIGKILL) if i == 9 else time.sleep(0.02)")
     status, _, err = ended(process)
     last = err.splitlines()[-1]
     assert status == 1 and last.startswith("error: a worker was killed, for want of memory? fewer --workers")
@@ -152,21 +153,22 @@ def test_a_worker_that_the_system_ends_is_one_line(tmp_path):
 
 def test_full_shared_memory_is_one_line(tmp_path):
     """It fails in the worker's own loop, from which an error comes through, for each kind of batch."""
-    collate = """if items[0] == 9:
-        def fail(_): raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device")
-        torch.Tensor.share_memory_ = fail"""
-    status, _, err = ended(start(tmp_path, collate))
+    item = """if i == 9:
+            def fail(_): raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device")
+            torch.Tensor.share_memory_ = fail"""
+    status, _, err = ended(start(tmp_path, item))
     assert status == 1 and err.startswith("error: /dev/shm is full: docker run --shm-size") and "--shm-size" in err and err.count("\n") == 1
 
 
-def nested(items):
-    return {"x": torch.tensor(items), "more": (torch.ones(1), [torch.ones(2), "text"])}
+class Nested(torch.utils.data.Dataset):
+    def __getitem__(self, i):
+        return {"x": torch.tensor([i]), "more": (torch.ones(1), [torch.ones(2), "text"])}
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_batches_are_the_same_from_workers(workers):
-    batches = list(make_loader(range(4), [[0, 1], [3]], workers, nested))
-    assert [b["x"].tolist() for b in batches] == [[0, 1], [3]] and batches[0]["more"][1][1] == "text"
+    batches = list(make_loader(Nested(), range(3, 5), workers))
+    assert [b["x"].tolist() for b in batches] == [[3], [4]] and batches[0]["more"][1][1] == "text"
     assert batches[0]["more"][0].is_shared() == bool(workers)
 
 
