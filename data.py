@@ -387,8 +387,8 @@ class Images(torch.utils.data.Dataset):
 
 
 def make_loader(dataset, indices: range, num_workers: int) -> torch.utils.data.DataLoader:
-    """A DataLoader that yields dataset[i], a whole batch, for each of `indices` in their order, made
-    by worker processes (0: by this one)."""
+    """A DataLoader that yields dataset[i], a whole batch, for each of `indices` in their order.
+    Worker processes make the batches (0: this one does)."""
     workers.end_workers_at_exit()
     return torch.utils.data.DataLoader(
         dataset, batch_size=None, sampler=indices, num_workers=num_workers,

@@ -308,6 +308,40 @@ def resize_positions(file: dict, backbone: nn.Module) -> tuple[dict[str, Tensor]
     return file["base"] | {"pos_embed": pos}, resized
 
 
+def fill(model: nn.Module, state: dict[str, Tensor], path: str | Path, file: dict,
+         problem: str) -> str:
+    """Load a file's tensors and say so; or raise InputError, and leave the model as it was.
+
+    problem: what a difference means.
+    """
+    differ = differences(model, state)
+    here = shapes(model.state_dict())
+    if differ:
+        raise InputError(f"{path}: {problem} {file['recipe']['arch']}; nothing was loaded: "
+                         f"{len(differ)} of {len(here)} tensors differ, first {differ[0]}")
+    model.load_state_dict({name: state[name] for name in here}, strict=False)
+    dropped = [name for name in file["neck"] if name not in state]
+    dropped += file["dropped"]
+    text = f"{path}: {file['kind']}; all {len(here)} weights loaded, dropped: {len(dropped)}"
+    if dropped:
+        text += f" ({', '.join(dropped[:3])})"
+    return text
+
+
+def differences(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
+    """In words, which tensors differ in shape, or are in the model or the file alone."""
+    here = shapes(model.state_dict())
+    there = shapes(state)
+    return [f"{name} is {there.get(name, 'absent')} there and {here.get(name, 'absent')} here"
+            for name in here | there if here.get(name) != there.get(name)]
+
+
+def shapes(state: dict[str, Tensor]) -> dict[str, tuple]:
+    """Old files lack the counter of batch norm, which only an average over all steps would read."""
+    return {name: tuple(tensor.shape) for name, tensor in state.items()
+            if "num_batches" not in name}
+
+
 def load_weights(path: str | Path, backbone: nn.Module) -> str:
     """Fill a backbone from a weights file and say what was done; it is filled wholly or not at all.
 
@@ -317,7 +351,7 @@ def load_weights(path: str | Path, backbone: nn.Module) -> str:
     from extra import formats
     file = formats.read_weights(path)
     state, resized = resize_positions(file, backbone)
-    return formats.fill(backbone, state, path, file) + resized
+    return fill(backbone, state, path, file, "another --arch,") + resized
 
 
 def load_model(path: str | Path, /, **given) -> tuple[nn.Module, dict]:
@@ -344,7 +378,7 @@ def load_model(path: str | Path, /, **given) -> tuple[nn.Module, dict]:
         if "classifier.weight" not in neck:  # ranking needs none
             model.classifier = nn.Identity()
         state = {f"base.{name}": tensor for name, tensor in state.items()} | neck
-    print(formats.fill(model, state, path, file, "not all of ") + resized)
+    print(fill(model, state, path, file, "not all of") + resized)
     print(f"{recipe['arch']} {formats.usage(file)}")
     return model.eval(), recipe
 
@@ -396,7 +430,8 @@ def extract(model: nn.Module, records: list[Record], size: tuple[int, int], mean
     model.eval()
     batches = math.ceil(len(records) / batch_size)
     done = []
-    loader = make_loader(ImageBatches(records, size, batch_size), range(rank, batches, world), workers)
+    images = ImageBatches(records, size, batch_size)
+    loader = make_loader(images, range(rank, batches, world), workers)
     for images, numbers in loader:
         x = normalize(images.to(device, non_blocking=True), mean, std)       # (B, 3, H, W)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
@@ -466,97 +501,17 @@ def rank_splits(q: Features, g: Features, ap: str, rerank: bool = False) -> Rank
                          rerank=rerank, q_images=q.images, g_images=g.images)
 
 
-# ---------------------------------------------------------------------------------------------
-# Verification: do two images show one person?
-# ---------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Verification:
-    """A pair of images is accepted as one person's if its cosine similarity is at least t.
-
-    threshold: the t at which both error rates differ least, that is false_reject, the share of the
-    same_pairs (of one person) that are not accepted, and false_accept, the share of the other_pairs
-    that are; eer: their mean. accepted: the share of same_pairs accepted by the smallest t that
-    accepts at most 1 or 0.1 % of the other_pairs; None where these are too few to tell. people:
-    whose pairs these are.
-    """
-
-    eer: float
-    threshold: float
-    false_reject: float
-    false_accept: float
-    accepted: dict[str, float | None]
-    same_pairs: int
-    other_pairs: int
-    people: str
-
-    def __str__(self) -> str:
-        text = (f"verification, read off {self.people}: EER {self.eer:.2%} at cosine similarity "
-                f"{self.threshold:.4f}")
-        for level, share in self.accepted.items():
-            found = "not resolved"
-            if share is not None:
-                found = f"{share:.2%}"
-            text += f"; true accepts at {level} of false ones {found}"
-        return (f"{text} ({self.same_pairs:,} pairs of one person, {self.other_pairs:,} of two, "
-                f"each counting the same; a threshold for these cameras alone)")
-
-
-def pair_similarities(q: Features, g: Features) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Cosine similarities of one query after the other with the gallery's images from other
-    cameras, but for copies of its file: those of its own person, and those of others."""
-    query = labels_of("query", len(q.feats), q.pids, q.camids, q.images)
-    gallery = labels_of("gallery", len(g.feats), g.pids, g.camids, g.images)
-    for i, distances in enumerate(negative_similarities(q.feats, g.feats)):
-        same_camera = gallery.camids == query.camids[i]
-        same_file = gallery.images == query.images[i]
-        same_person = gallery.pids == query.pids[i]
-        junk = same_camera | same_file
-        yield -distances[same_person & ~junk], -distances[~same_person & ~junk]
-
-
-def verify(q: Features, g: Features, people: str = "the test set") -> Verification | None:
-    """Verification of all pairs of query and gallery from different cameras, distractors being
-    other people; None if one kind of pair does not exist. Raises InputError as `rank_features`.
-
-    Exact, but never holding all pairs: those of one person are few and kept, the others are counted
-    between them, and listed only where the error rates meet.
-    """
-    check_unit_length("query", q.feats, q.feats)
-    check_unit_length("gallery", g.feats, q.feats)
-    same = np.sort(np.concatenate([own for own, _ in pair_similarities(q, g)]))  # (S,)
-    between = np.zeros(len(same) + 1, np.int64)   # [j]: others with j of `same` at or below them
-    for _, others in pair_similarities(q, g):
-        places = np.searchsorted(same, np.sort(others), side="right")  # sorted: twice as fast
-        between += np.bincount(places, minlength=len(same) + 1)
-    S = len(same)
-    N = int(between.sum())
-    if S == 0 or N == 0:
-        return None
-    wrong = N - np.cumsum(between)                # (S + 1,) others accepted at t = same[j]; last: 0
-    accepted = {}
-    for one_in, level in ((100, "1 %"), (1000, "0.1 %")):
-        accepted[level] = None
-        if N >= one_in:
-            accepted[level] = float(np.mean(wrong[:-1] * one_in <= N))
-    # The rates meet between two neighbours in `same`, low and high. There each t of the others
-    # accepts another number of them, and the best one may be among these.
-    lost = np.searchsorted(same, same)            # of `same` itself, below t = same[j]
-    j = np.searchsorted(lost * N - wrong[:-1] * S, 0)
-    low, high = np.append(same, np.inf)[[max(j - 1, 0), j]]  # one if no error is made: none between
-    near = [others[(low < others) & (others < high)] for _, others in pair_similarities(q, g)]
-    near = np.sort(np.concatenate(near))
-    t = np.unique(np.concatenate([near, same[max(j - 1, 0):j + 1]]))
-    lost = np.searchsorted(same, t)               # of `same`, not accepted
-    at_low = wrong[j - 1]
-    wrong = wrong[j] + len(near) - np.searchsorted(near, t)
-    wrong[0] = at_low
-    best = np.abs(lost * N - wrong * S).argmin()  # of equals the lowest t
-    false_reject = float(lost[best] / S)
-    false_accept = float(wrong[best] / N)
-    return Verification((false_reject + false_accept) / 2, float(t[best]), false_reject,
-                        false_accept, accepted, S, N, people)
+def filtered_ranking(q: Features, g: Features, i: int, tie: float = TIE) -> tuple[Tensor, Tensor]:
+    """Gallery indices of query i, nearest first, as they are ranked here (junk left out, ties
+    against the query), and their cosine similarities: what a rank list shows."""
+    similarity = g.feats @ q.feats[i]                                        # (G,)
+    own = g.pids == q.pids[i]
+    junk = own & ((g.camids == q.camids[i]) | (g.images == q.images[i]))
+    distance = torch.where(own, -similarity + tie, -similarity)
+    order = torch.argsort(own.int(), stable=True)                            # others first ...
+    order = order[torch.argsort(distance[order], stable=True)]               # ... among equals
+    order = order[~junk[order]]
+    return order, similarity[order]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -566,12 +521,12 @@ def verify(q: Features, g: Features, people: str = "the test set") -> Verificati
 
 def evaluate_dataset(args: argparse.Namespace, model: nn.Module, recipe: dict, run: dict) -> None:
     """--dataset: numbers and pictures."""
-    from extra import pictures
+    from extra import pictures, verification
     pictures.check(args, model)  # raises before minutes are spent
     dataset = load_dataset(args.dataset, args.data_root)
     result, q, g = evaluate(model, dataset, recipe, args.ap, args.cams == "file", **run)
     print(result)
-    print(verify(q, g) or "verification: not possible without pairs of one person and of two")
+    print(verification.verify(q, g) or "verification: not possible without pairs of both kinds")
     if args.rerank:
         print(f"re-ranked (k1=20, k2=6, lambda=0.3): {rank_splits(q, g, args.ap, rerank=True)}")
     if args.ranks:

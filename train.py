@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from data import (IMAGENET_MEAN, IMAGENET_STD, NAMES, ContrastViews, FineTuneTransform, Images,
                   MultiCrop, PKSampler, ShuffleSampler, erasing_noise, hold_out, load_dataset,
                   make_loader, some_identities)
-from evaluate import (ARCHS, ReIDModel, build_backbone, evaluate, load_weights, verify)
+from evaluate import ARCHS, ReIDModel, build_backbone, evaluate, load_weights
 from extra import flags, runs
 from extra.files import InputError, command_line
 from extra.folders import LUPERSON
@@ -475,15 +475,16 @@ def fine_tune_and_evaluate(recipe: Recipe, dataset, out, overwrite: bool, weight
     if not dataset.query or not dataset.gallery:
         print(f"{dataset.name} has no queries, or no gallery, to evaluate it with")
         return None
+    from extra import verification
     result, q, g = evaluate(model, dataset, stored(recipe, dataset), workers=runtime.workers,
                             device=runtime.device, rank=runtime.rank, world=runtime.world,
                             bf16=recipe.bf16 and runtime.device != "cpu")
-    verification = verify(q, g, dataset.people)
     results = {**result.numbers(), "people": dataset.people,
                "minutes": round(run.seconds / 60, 1)}
-    if verification:
-        results["verification"] = asdict(verification)
-        print(verification)
+    pairs = verification.verify(q, g, dataset.people)
+    if pairs:
+        results["verification"] = asdict(pairs)
+        print(pairs)
     run.save_results(results)
     print(f"{dataset.people}: {result}")
     return results

@@ -387,8 +387,7 @@ def matrix_rate(device: str) -> float:
 def loops(names: list[str], device: str, quick: bool) -> None:
     """Images per second from files to weights, and what they are made of."""
     hows = list(HOW) if device != "cpu" else ["eager"]
-    rows = [(name, how) for how in hows[:2] for name in names]
-    rows += [(name, how) for how in hows[2:] for name in names]
+    rows = [(name, how) for how in hows for name in names]
     print(COLUMNS)
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.redirect_stdout(io.StringIO()):

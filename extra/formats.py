@@ -40,7 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from data import IMAGENET_MEAN, IMAGENET_STD, LUP_MEAN, LUP_STD
-from evaluate import ARCHS, build_backbone, resize_positions
+from evaluate import ARCHS, build_backbone, differences, resize_positions
 from extra.files import InputError, hint
 
 # ---------------------------------------------------------------------------------------------
@@ -165,38 +165,6 @@ def usable(name: str, tensor: Tensor) -> bool:
     stored = tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
     counts = name.endswith("num_batches_tracked")
     return stored and (counts or tensor.is_floating_point() and bool(tensor.isfinite().all()))
-
-
-def fill(model: nn.Module, state: dict[str, Tensor], path: str | Path, file: dict,
-         problem: str = "another --arch, ") -> str:
-    """Load state and say so, or raise InputError that names what differs, and leave the model.
-
-    problem: what a difference means; a model that was built for this very file has no other arch.
-    """
-    here = shapes(model.state_dict())
-    differ = differences(here, shapes(state))
-    if differ:
-        raise InputError(f"{path}: {problem}{file['recipe']['arch']}; nothing was loaded: "
-                         f"{len(differ)} of {len(here)} tensors differ, first {differ[0]}")
-    model.load_state_dict({name: state[name] for name in here}, strict=False)
-    dropped = [name for name in file["neck"] if name not in state]
-    dropped += file["dropped"]
-    text = f"{path}: {file['kind']}; all {len(here)} weights loaded, dropped: {len(dropped)}"
-    if dropped:
-        text += f" ({', '.join(dropped[:3])})"
-    return text
-
-
-def shapes(state: dict[str, Tensor]) -> dict[str, tuple]:
-    """Old files lack the counter of batch norm, which only an average over all steps would read."""
-    return {name: tuple(tensor.shape) for name, tensor in state.items()
-            if "num_batches" not in name}
-
-
-def differences(here: dict[str, tuple], there: dict[str, tuple]) -> list[str]:
-    """In words, which tensors differ in shape, or are in one of two networks alone."""
-    return [f"{name} is {there.get(name, 'absent')} there and {here.get(name, 'absent')} here"
-            for name in here | there if here.get(name) != there.get(name)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -782,7 +750,7 @@ def describe(path: str | Path, file: dict) -> str:
              f"  backbone  {recipe['arch']}, {len(base)} tensors, {numbers:,} numbers"]
     if recipe["arch"] in ARCHS:
         net = build_backbone(recipe["arch"], recipe["size"], stride=recipe["stride"])
-        differ = differences(shapes(net.state_dict()), shapes(resize_positions(file, net)[0]))
+        differ = differences(net, resize_positions(file, net)[0])
         if differ:
             lines.append(f"            but {len(differ)} tensors are not {recipe['arch']}'s, first "
                          f"{differ[0]}")

@@ -93,7 +93,7 @@ def explain_similarity(weights: str, similarity: float | None = None) -> str:
 
 
 def explain_threshold(found: dict, similarity: float | None) -> str:
-    """Where an `evaluate.Verification` had the threshold, and on which side of it a pair lies."""
+    """Where a `Verification` had the threshold, and on which side of it a pair lies."""
     t = found["threshold"]
     same = found["false_reject"]
     other = 1 - found["false_accept"]

@@ -4,7 +4,7 @@ what a training sees; curves, studies.
 There are two functions for each kind: `draw_...` computes what a picture shows of a dataset and a
 model, or of run folders; `..._page` lays out plain values and decides nothing. Rankings are made of
 the evaluator's own features (`evaluate.Features`), so that no picture shows what was not measured.
-Read `filtered_ranking`, `draw_ranks`, `cls_attention`.
+Read `draw_ranks`, `cls_attention`.
 """
 
 import json
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from data import (Images, PKSampler, Record, ShuffleSampler, erasing_noise, normalize,
                   some_identities)
+from evaluate import filtered_ranking
 from extra.files import InputError, read_image, write_atomic
 from extra.flags import PATCHES
 from personvit import VisionTransformer
@@ -75,20 +76,6 @@ def evenly(n: int, most: int) -> list[int]:
 # ---------------------------------------------------------------------------------------------
 # Rank lists
 # ---------------------------------------------------------------------------------------------
-
-
-def filtered_ranking(q, g, i: int, tie: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """Gallery indices of query i, nearest first, as the evaluator sees them (junk left out, ties
-    against the query), and their cosine similarities. q, g: evaluate.Features; tie: evaluate.TIE.
-    """
-    similarity = g.feats @ q.feats[i]                                        # (G,)
-    own = g.pids == q.pids[i]
-    junk = own & ((g.camids == q.camids[i]) | (g.images == q.images[i]))
-    distance = torch.where(own, -similarity + tie, -similarity)
-    order = torch.argsort(own.int(), stable=True)                            # others first ...
-    order = order[torch.argsort(distance[order], stable=True)]               # ... among equals
-    order = order[~junk[order]]
-    return order, similarity[order]
 
 
 def draw_ranks(file: str | Path, dataset, result, q, g, rows: int = 8, columns: int = 10) -> None:
@@ -445,18 +432,16 @@ def curve_page(file: str | Path, panels: list[tuple[str, str, str, dict]]) -> No
         x0, x1, y0, y1 = w * number + left, w * (number + 1) - 16, h - bottom, top
         xs, ys = (np.concatenate([np.asarray(line[k], float) for line in lines.values()])
                   for k in (0, 1))
-        x_ticks, y_ticks = ticks(xs.min(), xs.max()), ticks(ys.min(), ys.max())
+        low, high, y_ticks = xs.min(), max(xs.max(), xs.min() + 1), ticks(ys.min(), ys.max())
 
         def place(x, y):
-            return (x0 + (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * (x1 - x0),
+            return (x0 + (x - low) / (high - low) * (x1 - x0),
                     y0 - (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (y0 - y1))
 
-        for x in x_ticks:
-            at = place(x, y_ticks[0])
-            draw.line((at[0], y0, at[0], y0 + 4), GREY)
-            draw.text((at[0], y0 + 6), f"{x:g}", INK, font, anchor="ma")
+        for x, anchor in ((low, "la"), (high, "ra")):
+            draw.text((place(x, 0)[0], y0 + 6), f"{x:g}", INK, font, anchor=anchor)
         for y in y_ticks:
-            at = place(x_ticks[0], y)
+            at = place(low, y)
             draw.line((x0 - 4, at[1], x1, at[1]), (225, 225, 225))
             draw.text((x0 - 7, at[1]), f"{y:g}", INK, font, anchor="rm")
         draw.line((x0, y1, x0, y0, x1, y0), GREY)
@@ -471,8 +456,7 @@ def curve_page(file: str | Path, panels: list[tuple[str, str, str, dict]]) -> No
     for i, name in enumerate(names):
         y = h + 4 + 18 * i
         draw.rectangle((left, y + 3, left + 14, y + 11), fill=PALETTE[i % len(PALETTE)])
-        shown = name if len(name) <= 60 else "..." + name[-57:]
-        draw.text((left + 22, y), shown, INK, font)
+        draw.text((left + 22, y), name[-60:], INK, font)
     save(page, file)
 
 

@@ -239,15 +239,15 @@ def any_process(stop: list) -> bool:
 
 
 class Meter:
-    """Means since the last line of the log, broken images, and what a clock measures. Values stay on
-    the device: reading them in every step would keep the GPU waiting."""
+    """Means since the last line of the log, broken images, and what a clock measures. Values stay
+    on the device: reading them in every step would keep the GPU waiting."""
 
     def __init__(self, objective, records, run, runtime: Runtime):
         self.objective = objective
         self.records = records
         self.run = run
         self.world = runtime.world
-        self.compiled = bool(runtime.backend)
+        self.compiled = runtime.backend
         self.broken: set[int] = set()
         self.reset()
 
@@ -261,18 +261,15 @@ class Meter:
         """The batches of a loader, one for each step; counts images, and the time that the loop
         waits for them. CUDA graphs, if they are wanted (docs/long-runs.md), are told that they may
         write over the step before."""
-        batches = iter(loader)
-        while True:
-            start = time.perf_counter()
-            batch = next(batches, None)
-            if batch is None:
-                return
+        start = time.perf_counter()
+        for batch in loader:
             self.waited += time.perf_counter() - start
             self.images += len(batch["images"]) * self.world
             self.broken.update(batch["replaced"])
             if self.compiled:
                 torch.compiler.cudagraph_mark_step_begin()
             yield batch
+            start = time.perf_counter()
 
     def add(self, values: dict[str, Tensor]) -> None:
         """Scalars of a step or micro-batch; "grad_norm" comes once in a step."""

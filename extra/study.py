@@ -268,7 +268,7 @@ def study(name: str, dataset, seeds: list[int], given: dict, out: Path, overwrit
 def heading(dataset, rows: list[Row], seeds: list[int]) -> str:
     """What a reader must know beside each number: how many queries, seeds and labels."""
     shares = ", ".join(f"{share:.0%}" for share in sorted({row.recipe.labelled for row in rows}))
-    return (f"{dataset.name}, {len(dataset.query):,} queries; seed{'s' * (len(seeds) > 1)} "
+    return (f"{dataset.name}, {len(dataset.query):,} queries; seeds "
             f"{', '.join(map(str, seeds))}; labelled: {shares} of the identities")
 
 

@@ -230,17 +230,18 @@ TOP_LEVEL = {"README.md", "requirements.txt", "Makefile", *(f"{name}.py" for nam
              "LICENSE", ".gitignore", ".ci"}
 # extra/ is of two kinds: what the five stand on, which imports none of them, and what stands on the five
 BELOW = {f"extra.{name}" for name in ("people", "files", "folders", "workers", "runs", "flags", "rerank")}
-ABOVE = {f"extra.{name}" for name in ("formats", "photos", "pictures", "study", "bench")}
+ABOVE = {f"extra.{name}" for name in ("formats", "photos", "pictures", "study", "bench", "verification")}
 EDGES = {"upreid": set(), "personvit": set(),
          "data": {"extra.people", "extra.files", "extra.folders", "extra.workers"},
          "evaluate": {"data", *METHODS, "extra.files", "extra.folders", "extra.flags", "extra.runs", "extra.rerank",
-                      "extra.formats", "extra.photos", "extra.pictures"},
+                      "extra.formats", "extra.photos", "extra.pictures", "extra.verification"},
          "train": {"data", "evaluate", *METHODS, "extra.files", "extra.folders", "extra.flags", "extra.runs", "extra.formats",
-                   "extra.pictures"},
+                   "extra.pictures", "extra.verification"},
          "extra.people": set(), "extra.files": set(), "extra.workers": set(), "extra.flags": set(), "extra.rerank": set(),
          "extra.folders": {"extra.files"}, "extra.runs": {"extra.files"},
          "extra.formats": {"data", "evaluate", "extra.files"}, "extra.photos": {"data", "evaluate", "extra.files", "extra.pictures"},
-         "extra.pictures": {"data", "personvit", "extra.files", "extra.flags"},
+         "extra.verification": {"evaluate"},
+         "extra.pictures": {"data", "evaluate", "personvit", "extra.files", "extra.flags"},
          "extra.bench": {*BOOK, "extra.files", "extra.flags", "extra.runs"},
          "extra.study": {*BOOK, "extra.files", "extra.flags", "extra.runs", "extra.pictures", "extra.bench"}}
 PACKAGES = {"torch", "torchvision", "numpy", "scipy", "PIL"}

@@ -18,9 +18,10 @@ from PIL import Image
 import evaluate
 import extra.rerank
 from data import Record, load_dataset
-from evaluate import RankResult, ReIDModel, cmc_map, labels_of, matches_of, rank_features, rerank
+from evaluate import RankResult, ReIDModel, cmc_map, filtered_ranking, labels_of, matches_of, rank_features, rerank
+from extra import verification
 from extra.files import InputError
-from extra.pictures import GREEN, GREY, draw_ranks, filtered_ranking
+from extra.pictures import GREEN, GREY, draw_ranks
 from conftest import colour_histograms
 from extra.workers import end_workers
 from personvit import VisionTransformer
@@ -305,7 +306,7 @@ def test_verification_equals_the_plain_loop(kind, cameras):
         width = rng.integers(2, 6)
         q, g = (random_side(rng, rng.integers(1, most), width, kind, cameras) for most in (20, 80))
         similarity = -np.stack(list(evaluate.negative_similarities(q.feats, g.feats)))
-        wanted, found = plain_verification(similarity, q, g), evaluate.verify(q, g, "these")
+        wanted, found = plain_verification(similarity, q, g), verification.verify(q, g, "these")
         if wanted is None:
             assert found is None
             seen.add("no pairs")
@@ -326,12 +327,12 @@ def test_verification_of_sets_that_can_be_reckoned():
         n = torch.arange(len(x))
         return evaluate.Features(torch.tensor([[1.0, 0.0]]), -one, one, -one), evaluate.Features(g, n, torch.tensor(pids), n)
 
-    apart = evaluate.verify(*sides([0.9, 0.8, 0.1, 0.2, 0.3], [1, 1, 0, 2, 3]))       # 0: a distractor, another person
+    apart = verification.verify(*sides([0.9, 0.8, 0.1, 0.2, 0.3], [1, 1, 0, 2, 3]))       # 0: a distractor, another person
     assert (apart.eer, apart.same_pairs, apart.other_pairs) == (0, 2, 3) and apart.threshold == pytest.approx(0.8)
-    mixed = evaluate.verify(*sides([0.9, 0.6, 0.4, 0.1] + [0.95] + 999 * [0.5], [1] * 4 + 1000 * [2]))
+    mixed = verification.verify(*sides([0.9, 0.6, 0.4, 0.1] + [0.95] + 999 * [0.5], [1] * 4 + 1000 * [2]))
     assert mixed.accepted == {"1 %": 0.5, "0.1 %": 0.5} and mixed.other_pairs == 1000
     assert (mixed.false_reject, mixed.false_accept) == (0.5, 0.001)                   # 0.5 would accept them all
-    assert evaluate.verify(*sides([0.9, 0.8], [1, 1])) is None and evaluate.verify(*sides([0.9], [2])) is None
+    assert verification.verify(*sides([0.9, 0.8], [1, 1])) is None and verification.verify(*sides([0.9], [2])) is None
 
 
 @pytest.mark.parametrize("right", [True, False])
@@ -344,7 +345,7 @@ def test_verification_never_holds_all_pairs(right):
 
     q, g = side(50, 0), side(20_000, 100)
     tracemalloc.start()
-    found = evaluate.verify(q, g)
+    found = verification.verify(q, g)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert found.other_pairs == 980_000 and peak < 4 * found.other_pairs / 2
@@ -358,7 +359,7 @@ def test_verification_refuses_what_ranking_refuses(value):
         kept = side.feats[4].clone()
         side.feats[4] = value
         with pytest.raises(InputError, match="features are not of length 1"):
-            evaluate.verify(q, g)
+            verification.verify(q, g)
         side.feats[4] = kept
 
 

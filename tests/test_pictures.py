@@ -20,6 +20,7 @@ from evaluate import ReIDModel, build_backbone
 from extra import photos as own_photos
 from extra import pictures
 from extra.files import InputError
+from extra.verification import Verification
 from personvit import VisionTransformer
 
 
@@ -105,7 +106,7 @@ def test_compare_says_what_similarities_mean(weights, photos, capsys):
     results = weights.parent / "results.json"
     for t, words in ((0.3, "at or above it, as did 90.00% of 40 pairs of one person and 20.00% of 1,500 of two"),
                      (1.1, "below it, as did 10.00% of 40 pairs of one person and 80.00% of 1,500 of two")):
-        found = evaluate.Verification(0.15, t, 0.1, 0.2, {"1 %": None}, 40, 1500, "these people")
+        found = Verification(0.15, t, 0.1, 0.2, {"1 %": None}, 40, 1500, "these people")
         results.write_text(json.dumps({"verification": dataclasses.asdict(found)}))
         run("--compare", a, a, "--weights", weights)
         out = capsys.readouterr().out

@@ -194,7 +194,7 @@ def test_demo_says_what_it_shows_and_draws_the_rank_list_of_the_best(tiny, tmp_p
     given = GIVEN | {"pretrain_epochs": 1}
     study.study("demo", dataset, [3], given, tmp_path, False, Runtime(workers=0))
     out = capsys.readouterr().out
-    assert "\nmarket1501, 20 queries; seed 3; labelled: 10%, 30% of the identities\n" in out
+    assert "\nmarket1501, 20 queries; seeds 3; labelled: 10%, 30% of the identities\n" in out
     results = {p.parent.name: json.loads(p.read_text()) for p in tmp_path.glob("*/results.json")}
     assert len(results) == 4
     *network, origin = re.search(r"rank list of (.*)\n", out)[1].split(", ")
