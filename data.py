@@ -8,20 +8,25 @@ A ReID set is three lists of `Record(path, pid, camid)`:
 
 An image's name says who and where: 0002_c1s1_000451_03.jpg is identity 2, camera 1, sequence 1,
 frame 451, third box of the frame. Two identities of Market-1501's gallery are special: **-1 is
-junk** (boxes neither good nor bad; dropped when the set is read), **0 is a distractor** (a false
-alarm of the detector; kept: it can only hurt). camid is the camera's number minus one, never
-relabelled, because the protocol compares cameras between query and gallery.
+junk** (boxes that overlap a person only partly; dropped when the set is read), **0 is a
+distractor** (a false alarm of the detector; kept: it can only lower the score). camid is the
+camera's number minus one, never relabelled, because the protocol compares cameras between query and
+gallery.
 
-In a training step worker processes do what is done per image; the device changes pixels:
+A training's dataset maps a step to its batch, images[step], so that a run that continues at step n
+sees what the uninterrupted one saw, and 8 processes see what one alone would:
 
-    sampler     (step, place in the whole batch, image)        a function of (seed, epoch)
-    workers     uint8 images, and the parameters of their      a function of (seed, step, place)
-                views: which crop, which colours ...
-    device      views: crops, colours, blur, erasing           one batch, the same code on CPU, GPU
+    sampler    which images make up the batches of an epoch        depends on (seed, epoch)
+    workers    read them (uint8), and sample the parameters of     depends on (seed, step, place
+               their views: which crop, which colours ...          in the batch of all processes)
+    device     computes the views: crop, colour, blur, erasing     the same code on CPU and GPU
 
-So a run that continues at step n sees what the uninterrupted one saw, 8 processes with 16 workers
-see what one alone would, and a GPU never waits for a random number. Read `load_dataset`, `Images`,
-`PKSampler`, then `MultiCrop`. Folders of your own: extra/folders.py; image files: extra/files.py.
+Tags in brackets name sources: [iBOT] and [DINO] their code, [LUP] LUPerson's, [PersonViT code] its
+fine-tuning, [BoT] reid-strong-baseline's, [ours] a choice of this project, [from memory] and
+[secondary] not read there (docs/paper-to-code.md).
+
+Read `Images`, `PKSampler`, then `MultiCrop`; `load_dataset` when you need a set. Your own folders
+are read by extra/folders.py, image files by extra/files.py.
 """
 
 import argparse
@@ -104,6 +109,7 @@ PLACES = {
 PUBLISHED = {
     "market1501": ((751, 12_936), (750, 3_368), (751, 15_913)),
     "msmt17": ((1_041, 32_621), (3_060, 11_659), (3_060, 82_161)),
+    "msmt17, train only": ((1_041, 30_248), (3_060, 11_659), (3_060, 82_161)),
     "cuhk03-np-labeled": ((767, 7_368), (700, 1_400), (700, 5_328)),
     "cuhk03-np-detected": ((767, 7_365), (700, 1_400), (700, 5_332)),
     "dukemtmc-reid": ((702, 16_522), (702, 2_228), (1_110, 17_661)),
@@ -124,8 +130,9 @@ def load_dataset(name: str, root: str | Path = "data", train_only: bool = False)
     if name and name not in NAMES and Path(name).exists():
         root = Path(name)
         name = "folder"
+        # a list, or a folder called LUPerson: millions of crops, which are listed and never sorted
         if root.is_file() or folders.LUPERSON.fullmatch(root.name.lower()):
-            name = "luperson"  # may be millions
+            name = "luperson"
     if name == "cuhk03-np":
         name = "cuhk03-np-labeled"
     if name not in NAMES:
@@ -228,23 +235,23 @@ def some_identities(records: list[Record], share: float, seed: int) -> list[Reco
 
 
 def hold_out(dataset: Dataset, n: int) -> Dataset:
-    """The dataset with n training people taken out of training, who become its query and gallery:
-    choices that are made on them are not made on the test set.
+    """The dataset with n people taken out of training, who become its query and gallery: to choose
+    settings without looking at the test set.
 
-    They are sampled, by a seed that is always the same, from those with images from two cameras.
-    Queries are one image from each of their cameras (cameras unknown: one image), the gallery is
-    the rest. Raises InputError if there are fewer.
+    They are sampled, by a seed that is always the same, from the people with images from two
+    cameras. Queries are one image from each of their cameras (cameras unknown: one image), the
+    gallery is the rest. Raises InputError for fewer than n such people.
     """
     cameras = {}  # identity -> camera -> images
     for record in dataset.train:
         if record.pid >= 0:  # else nobody knows whom it shows
             cameras.setdefault(record.pid, {}).setdefault(record.camid, []).append(record)
-    able = [pid for pid in sorted(cameras) if len(cameras[pid]) > 1]
-    if len(able) < n:
-        raise InputError(f"--held-out {n}: of the people to train on {len(able)} have images from "
-                         f"two cameras")
-    random.Random(0).shuffle(able)  # so that a smaller n is a part of a larger one
-    held = set(able[:n])
+    eligible = [pid for pid in sorted(cameras) if len(cameras[pid]) > 1]
+    if len(eligible) < n:
+        raise InputError(f"--held-out {n}: of the people to train on {len(eligible)} have images "
+                         f"from two cameras")
+    random.Random(0).shuffle(eligible)  # so that a smaller n is a part of a larger one
+    held = set(eligible[:n])
     rng = random.Random(1)
     query = []
     for pid in sorted(held):
@@ -271,7 +278,10 @@ def describe(dataset: Dataset) -> str:
         lines[0] += f" - {dataset.note}"
     if isinstance(dataset.train, Unlabelled):
         return f"{lines[0]}\n  {len(dataset.train):,} unlabelled images"
-    published = PUBLISHED.get(dataset.name, (None, None, None))
+    name = dataset.name
+    if "train only" in dataset.note:
+        name += ", train only"
+    published = PUBLISHED.get(name, (None, None, None))
     for split, expected in zip(("train", "query", "gallery"), published):
         records = getattr(dataset, split)
         ids = {record.pid for record in records if record.pid >= 0}
@@ -285,7 +295,9 @@ def describe(dataset: Dataset) -> str:
         if expected and counts != expected:
             line += "   DIFFERENT: do not compare with the papers"
         lines.append(line)
-    for record in [*dataset.query, *dataset.train][:1]:
+    examples = [*dataset.query, *dataset.train]
+    if examples:
+        record = examples[0]
         path = os.path.relpath(record.path, dataset.root)
         person = f"identity {record.pid}"
         camera = f"camera {record.camid + 1}"
@@ -306,20 +318,20 @@ def describe(dataset: Dataset) -> str:
 class Images(torch.utils.data.Dataset):
     """The batches of a training: images[step] is what this process sees in a step.
 
-    A dictionary: "images" uint8 (B, 3, H, W); "params" (B, ...) float, as `views` takes them;
-    "pids" (B,); "replaced", the indices of broken files, in whose place stands the next readable
-    image of the same identity (or, failing that, of the list). draw(generator) may give more for
-    each image, as PersonViT's recipe does: "masks" (2, ...) becomes (2, B, ...).
+    A dictionary: "images" uint8 (B, 3, H, W); "params" (B, ...), numbers from which `transform`
+    makes views; "pids" (B,); "replaced", the indices of broken files, in whose place stands the
+    next readable image of the same identity, or else of the list near them. draw(generator) may
+    give more for each image, as PersonViT's recipe does: "masks" (2, ...) becomes (2, B, ...).
 
-    sampler: which images make up each batch of all processes, of which the rank-th of `world`
-    takes the rank-th part. Raises InputError if they cannot share it evenly.
+    sampler: which images make up the batch of all processes, of which the rank-th of `world` takes
+    the rank-th part. Raises InputError if they cannot share it evenly.
     """
 
-    def __init__(self, records: Sequence[Record], sampler, views, seed: int = 0, draw=None,
+    def __init__(self, records: Sequence[Record], sampler, transform, seed: int = 0, draw=None,
                  rank: int = 0, world: int = 1):
         self.records = records
         self.sampler = sampler
-        self.views = views
+        self.transform = transform
         self.seed = seed
         self.draw = draw
         if sampler.batch % world:
@@ -348,7 +360,7 @@ class Images(torch.utils.data.Dataset):
                 replaced.append(index)
             # not a function of the image: one that a batch holds twice gets different views
             rng = random.Random(f"{self.seed} {step} {place}")
-            params.append(torch.tensor(self.views.draw(rng)))
+            params.append(torch.tensor(self.transform.draw(rng)))
             if self.draw:
                 generator = torch.Generator().manual_seed(rng.getrandbits(63))
                 for name, value in self.draw(generator).items():
@@ -363,7 +375,7 @@ class Images(torch.utils.data.Dataset):
 
     def read(self, index: int) -> Tensor:
         path = self.records[index].path
-        return read_image(path, self.views.size, Image.Resampling.BICUBIC)
+        return read_image(path, self.transform.size, Image.Resampling.BICUBIC)
 
     def read_or_replace(self, index: int) -> tuple[Tensor, int]:
         """The image, or another one that can be read, and its index."""
@@ -411,7 +423,8 @@ class PKSampler:
     identity has groups, or as all groups fill, whichever is more; places left over go to identities
     sampled at random. Raises InputError for fewer than P identities.
 
-    Differs from TransReID's sampler, which drops short groups and the last identities of an epoch.
+    Differs from TransReID's sampler, which drops an identity's images that fill no group, and the
+    last identities of an epoch.
     """
 
     def __init__(self, pids: Sequence[int], num_ids: int = 16, num_images: int = 4, seed: int = 0):
@@ -456,8 +469,8 @@ class PKSampler:
         return np.resize(images, (n, self.K)).tolist()
 
     def choose(self, groups: dict, batches_left: int, rng) -> list[int]:
-        """P identities without replacement, in proportion to the groups that they have left. Those
-        that need every batch to come are taken first, so that none is left over."""
+        """P different identities, sampled in proportion to the groups that they have left. An
+        identity with as many groups left as there are batches left must be in every one of them."""
         urgent = [pid for pid in groups if len(groups[pid]) == batches_left]
         waiting = [pid for pid in groups if 0 < len(groups[pid]) < batches_left]
         places = self.P - len(urgent)
@@ -596,32 +609,34 @@ def inside(boxes: Tensor, H: int, W: int) -> Tensor:
 
 
 def crop_resize(x: Tensor, boxes: Tensor, flip: Tensor, size: Size) -> Tensor:
-    """Cut out boxes (n, 4), resize, mirror where flip (n, 1, 1) is 1: (n, 3, H, W) -> (n, 3, *size)
+    """Cut boxes (n, 4) out of images (n, 3, H, W), resize them to (n, 3, *size), mirror those with
+    flip (n, 1, 1, 1) = 1.
 
-    Bicubic and antialiased. A resize is linear and separable, so that two matrices crop and resize
-    a whole batch at once: rows @ image @ columns^T. Source: Pillow's rule (support grows with the
-    scale, nothing outside the crop is seen).
+    Bicubic and antialiased. Resizing is linear, and rows and columns are independent, so that two
+    matrices crop and resize an image: rows @ image @ columns^T, for a whole batch at once. Row i of
+    a matrix holds the weights of the old pixels in new pixel i. Source: Pillow's rule (the kernel
+    widens as the image shrinks; nothing outside the crop is seen).
     """
     matrices = []
-    for axis, out in enumerate(size):                                        # height, width
+    for axis, new in enumerate(size):                             # height, then width
+        old = x.shape[2 + axis]
         start = boxes[:, axis, None, None]                                   # (n, 1, 1)
-        length = boxes[:, axis + 2, None, None]
-        scale = length / out                                                 # (n, 1, 1)
-        wide = scale.clamp(min=1)                                            # shrinking: antialias
-        pixel = torch.arange(x.shape[2 + axis], device=x.device) + 0.5       # (H,)
-        target = torch.arange(out, device=x.device)[:, None] + 0.5           # (out, 1)
-        centre = start + target * scale                                      # (n, out, 1)
-        t = ((pixel - centre) / wide).abs()                                  # (n, out, H)
-        # Keys' cubic; of all values of its parameter only a = -0.5 reproduces straight lines
-        near = (1.5 * t - 2.5) * t * t + 1                                   # t < 1
-        far = ((-0.5 * t + 2.5) * t - 4) * t + 2                             # 1 <= t < 2
-        in_crop = (pixel > start) & (pixel < start + length)                 # (n, 1, H)
+        length = boxes[:, axis + 2, None, None]                              # (n, 1, 1)
+        scale = length / new                                      # old pixels in a new one
+        pixel = torch.arange(old, device=x.device) + 0.5          # their centres      (old,)
+        target = torch.arange(new, device=x.device)[:, None] + 0.5           # (new, 1)
+        centre = start + target * scale                                      # (n, new, 1)
+        t = ((pixel - centre) / scale.clamp(min=1)).abs()                    # (n, new, old)
+        # Keys' cubic kernel with a = -0.5
+        near = (1.5 * t - 2.5) * t * t + 1                        # where t < 1
+        far = ((-0.5 * t + 2.5) * t - 4) * t + 2                  # where 1 <= t < 2
+        in_crop = (pixel > start) & (pixel < start + length)                 # (n, 1, old)
         weight = torch.where(t < 1, near, far) * (in_crop & (t < 2))
-        matrices.append(weight / weight.sum(2, keepdim=True))                # rows sum to 1
-    rows, columns = matrices                                                 # (n, out, H or W)
-    columns = torch.where(flip > 0, columns.flip(1), columns)
+        matrices.append(weight / weight.sum(2, keepdim=True))
+    rows, columns = matrices                                # (n, h, H) and (n, w, W)
     x = rows[:, None] @ x @ columns[:, None].mT                              # (n, 3, *size)
-    return x.clamp(0, 1)                                                     # bicubic overshoots
+    x = torch.where(flip > 0, x.flip(3), x)
+    return x.clamp(0, 1)                                          # a cubic overshoots at edges
 
 
 def grey(images: Tensor) -> Tensor:
@@ -637,52 +652,56 @@ def colour_jitter(x: Tensor, brightness, contrast, saturation, turn) -> Tensor:
     mean_grey = grey(x).mean((2, 3), keepdim=True)                           # (n, 1, 1, 1)
     x = torch.lerp(mean_grey, x, contrast).clamp(0, 1)
     x = torch.lerp(grey(x), x, saturation).clamp(0, 1)
-    # hue in sixths of the colour circle: 0 red, 2 green, 4 blue (HSV)
+    # the hue, in sixths of the circle: 0 red, 2 green, 4 blue (HSV)
+    r, g, b = x.split(1, dim=1)                                              # (n, 1, h, w) each
     high = x.amax(1, keepdim=True)
     chroma = high - x.amin(1, keepdim=True)
-    r, g, b = x.split(1, dim=1)
-    some = torch.where(chroma == 0, 1, chroma)                               # grey has no hue
-    near_red = (g - b) / some
-    near_green = (b - r) / some + 2
-    near_blue = (r - g) / some + 4
-    hue = torch.where(high == g, near_green, near_blue)
-    hue = torch.where(high == r, near_red, hue)
+    divisor = torch.where(chroma == 0, 1, chroma)                 # grey has no hue
+    hue = torch.where(high == g, (b - r) / divisor + 2, (r - g) / divisor + 4)
+    hue = torch.where(high == r, (g - b) / divisor, hue)
+    hue = hue + 6 * turn
+    # back to RGB: a channel is highest at its own hue and falls linearly, lowest two sixths away
     channels = []
-    for offset in (5, 3, 1):                                                 # red, green, blue
-        sixth = (hue + 6 * turn + offset) % 6
-        less = torch.minimum(sixth, 4 - sixth).clamp(0, 1)
-        channels.append(high - chroma * less)
+    for offset in (5, 3, 1):                                      # of red, green, blue
+        k = (hue + offset) % 6
+        channels.append(high - chroma * torch.minimum(k, 4 - k).clamp(0, 1))
     return torch.cat(channels, dim=1)
 
 
 def blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur of images (n, 3, h, w) by sigma (n, 1, 1, 1) in pixels, 0 = none. At the border
-    the weights of the pixels that exist sum to 1 [ours]."""
-    matrices = []
-    for n in x.shape[2:]:
-        pixel = torch.arange(n, device=x.device)
-        weight = torch.exp(-0.5 * (pixel / sigma.clamp(min=0.1)) ** 2)       # (n, 1, 1, h)
-        distance = (pixel[:, None] - pixel).abs()                            # (h, h)
-        matrix = weight[:, 0, 0].index_select(1, distance.flatten())         # weight[|i - j|]
-        matrix = matrix.view(-1, 1, n, n)                                    # (n, 1, h, h)
-        matrices.append(matrix / matrix.sum(-1, keepdim=True))
-    rows, columns = matrices
-    blurred = rows @ x @ columns.mT                                          # (n, 3, h, w)
-    return torch.where(sigma > 0, blurred, x)
+    """Gaussian blur of images (n, 3, h, w) by sigma (n, 1, 1, 1) pixels, at most 2; 0 = none.
+
+    Two convolutions, along rows and along columns, in which each channel of each image has its own
+    weights. Beyond the border its pixels are repeated.
+    """
+    radius = 8                                                    # 4 sigma
+    distance = torch.arange(-radius, radius + 1, device=x.device)            # (17,)
+    weight = torch.exp(-0.5 * (distance / sigma.clamp(min=0.1)) ** 2)        # (n, 1, 1, 17)
+    weight = weight / weight.sum(3, keepdim=True)
+    weight = weight.repeat_interleave(3, dim=0)                              # (3 n, 1, 1, 17)
+    groups = len(weight)
+    y = F.pad(x, [radius] * 4, mode="replicate").flatten(0, 1)               # (3 n, h+16, w+16)
+    y = F.conv2d(y[None], weight, groups=groups)                             # (1, 3 n, h+16, w)
+    y = F.conv2d(y, weight.mT, groups=groups)                                # (1, 3 n, h, w)
+    return torch.where(sigma > 0, y.view_as(x), x)
 
 
 PAD = 10  # black pixels around an image that is fine-tuned on [PersonViT code]
 
 
 class FineTuneTransform:
-    """Flip, pad + random crop, normalise, random erasing: uint8 -> float32, both (B, 3, H, W).
+    """What fine-tuning sees, uint8 -> float32, both (B, 3, H, W), images come resized to `size`.
+    The order is that of PersonViT's fine-tuning code:
 
-    In the order of the reference pipeline (PersonViT's fine-tuning; images come resized to `size`):
-    flip with probability 0.5; pad 10 black pixels, crop back at a random place; normalise; with
-    probability 0.5 erase a rectangle of at least 2 % of the image, of aspect 0.3 to 1/0.3
-    (timm's defaults [from memory]). noise: of up to a third, filled with normal noise per pixel
-    [PersonViT code]; else of up to 40 %, filled with the mean colour, 0 after normalisation [BoT],
-    whose code erases after normalising, with the mean as it is before [secondary].
+        flip            with probability 0.5
+        pad and crop    10 black pixels around, then cut back at a random place
+        normalise
+        erase           with probability 0.5 a rectangle of at least 2 % of the image, of aspect 0.3
+                        to 1/0.3 (timm's defaults [from memory])
+
+    noise=True: it has up to a third of the image and is filled with normal noise, pixel by pixel
+    [PersonViT code]. noise=False: up to 40 %, filled with the mean colour, which is 0 after
+    normalisation [BoT].
     """
 
     def __init__(self, size: Size, mean, std, noise: bool = True):
@@ -705,13 +724,12 @@ class FineTuneTransform:
     def __call__(self, images: Tensor, params: Tensor, noise: Tensor | None = None) -> Tensor:
         """params (B, 7); noise (B, 3, H, W): what erasing leaves, None: the mean colour."""
         _, _, H, W = images.shape
-        flip, top, left = params.T[:3, :, None, None, None].long()           # (B, 1, 1, 1) each
+        flip, top, left = params[:, :3, None, None, None].long().unbind(1)   # (B, 1, 1, 1) each
         x = torch.where(flip > 0, images.flip(3), images)
         x = F.pad(x, [PAD] * 4)                                              # (B, 3, H+20, W+20)
         rows = top + torch.arange(H, device=x.device)[:, None]               # (B, 1, H, 1)
-        x = x.gather(2, rows.expand(-1, 3, -1, W + 2 * PAD))                 # (B, 3, H, W+20)
         columns = left + torch.arange(W, device=x.device)                    # (B, 1, 1, W)
-        x = x.gather(3, columns.expand(-1, 3, H, -1))                        # (B, 3, H, W)
+        x = x.take_along_dim(rows, dim=2).take_along_dim(columns, dim=3)     # (B, 3, H, W)
         x = normalize(x, self.mean, self.std)
         erased = inside(params[:, 3:], H, W)                                 # (B, 1, H, W)
         if noise is None:
@@ -722,13 +740,20 @@ class FineTuneTransform:
 class MultiCrop:
     """Two global and L local views for self-distillation: uint8 (B, 3, H, W) -> dict of float32.
 
-    "globals" (2, B, 3, *size) and "locals" (L, B, 3, size / 2). Each view: random resized crop
-    (scales are shares of the image's area, aspects width / height), flip 0.5, colour jitter
-    (brightness 0.4, contrast 0.4, saturation 0.2, hue 0.1) with probability 0.8, greyscale 0.2,
-    Gaussian blur of sigma U(0.1, 2) with probability 1, 0.1, 0.5 (first global, second, local),
-    solarisation 0.2 on the second global, ImageNet statistics [iBOT, DINO]. Scales and aspects: see
-    `PersonViTRecipe`. Ours: images come resized to `size`, where iBOT crops the original file; a
-    crop that fits nowhere is the whole image; the order of the colour changes is fixed.
+    "globals" (2, B, 3, *size) and, for L > 0, "locals" (L, B, 3, size / 2). Each view [iBOT, DINO]:
+
+        random resized crop   scales are shares of the image's area, aspects width / height; see
+                              `PersonViTRecipe`
+        colour jitter         with probability 0.8: brightness 0.4, contrast 0.4, saturation 0.2,
+                              hue 0.1
+        flip, greyscale       with probability 0.5, 0.2
+        Gaussian blur         sigma U(0.1, 2), with probability 1 in the first global view, 0.1 in
+                              the second, 0.5 in local ones
+        solarisation          with probability 0.2 in the second global view
+        normalisation         by ImageNet's statistics
+
+    Ours: images come resized to `size`, where iBOT crops the original file; a crop that fits
+    nowhere is the whole image; the order of the colour changes is fixed.
     """
 
     mean = IMAGENET_MEAN
@@ -772,16 +797,18 @@ class MultiCrop:
 
     def __call__(self, images: Tensor, params: Tensor) -> dict[str, Tensor]:
         """params (B, 2 + L, 12), on the images' device."""
+        kinds = [("globals", params[:, :2], self.size)]
+        if self.num_local:
+            kinds.append(("locals", params[:, 2:], self.local_size))
         views = {}
-        kinds = (("globals", params[:, :2], self.size), ("locals", params[:, 2:], self.local_size))
-        for name, params, size in kinds:
-            B, V, _ = params.shape
-            params = params.transpose(0, 1).flatten(0, 1)                    # (V B, 12)
-            per_image = params.T[:, :, None, None, None]                     # 12 of (V B, 1, 1, 1)
-            flip, colourless, sigma, solarize = per_image[8:]
+        for name, of_kind, size in kinds:
+            B, V, _ = of_kind.shape
+            of_view = of_kind.transpose(0, 1).flatten(0, 1)                  # (V B, 12)
+            numbers = of_view[:, 4:, None, None, None].unbind(1)             # 8 of (V B, 1, 1, 1)
+            flip, colourless, sigma, solarize = numbers[4:]
             x = (images.float() / 255).repeat(V, 1, 1, 1)                    # (V B, 3, H, W)
-            x = crop_resize(x, params[:, :4], flip[..., 0], size)            # (V B, 3, *size)
-            x = colour_jitter(x, *per_image[4:8])
+            x = crop_resize(x, of_view[:, :4], flip, size)                   # (V B, 3, *size)
+            x = colour_jitter(x, *numbers[:4])
             x = torch.where(colourless > 0, grey(x), x)
             x = blur(x, sigma)
             inverted = (solarize > 0) & (x >= 0.5)
@@ -800,13 +827,13 @@ class ContrastViews:
     knee [ours U3].
 
     Augmentation as LUPerson's ori-cj+sre [LUP]: random resized crop of 20 % to all of the area,
-    width / height 3/4 to 4/3 (torchvision's default, not adapted to people: those of more than two
-    thirds of a 2:1 image never fit, and all are stretched about twofold), greyscale 0.2, blur 0.5
-    with sigma U(0.1, 2), flip 0.5, normalisation with LUPerson's statistics, with probability 0.5 a
-    rectangle of 2 to 60 % of the area set to the mean colour. No colour jitter: colours of clothes
-    tell people apart. Ours: images come resized, where LUPerson crops the file; bicubic
-    (torchvision's default is bilinear); a crop that fits nowhere is the whole image; an erasure is
-    tried 10 times, not 100.
+    width / height 3/4 to 4/3, greyscale 0.2, blur 0.5 with sigma U(0.1, 2), flip 0.5, normalisation
+    with LUPerson's statistics, with probability 0.5 a rectangle of 2 to 60 % of the area set to the
+    mean colour. No colour jitter: colours of clothes tell people apart. The range of width / height
+    is torchvision's default and not adapted to people: no crop of more than two thirds of a 2:1
+    image fits, and each is stretched about twofold. Ours: images come resized, where LUPerson crops
+    the file; bicubic (torchvision's default is bilinear); a crop that fits nowhere is the whole
+    image; an erasure is tried 10 times, not 100.
     """
 
     mean = LUP_MEAN
@@ -860,9 +887,8 @@ class ContrastViews:
     def augment(self, x: Tensor, params: Tensor) -> Tensor:
         """Images or stripes (n, 3, h, w) in [0, 1], params (n, 11) -> the same shape."""
         h, w = x.shape[2:]
-        per_image = params.T[:, :, None, None, None]                         # 11 of (n, 1, 1, 1)
-        flip, colourless, sigma = per_image[8:]
-        x = crop_resize(x, params[:, :4], flip[..., 0], (h, w))
+        flip, colourless, sigma = params[:, 8:, None, None, None].unbind(1)  # (n, 1, 1, 1) each
+        x = crop_resize(x, params[:, :4], flip, (h, w))
         x = torch.where(colourless > 0, grey(x), x)
         x = blur(x, sigma)
         x = normalize(x, self.mean, self.std)

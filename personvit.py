@@ -7,10 +7,11 @@ Two networks of one shape see the same people. The student learns to predict the
 for whole people, from other crops of them (DINO), and for patches that are masked in the student's
 input (iBOT). The teacher is a moving average of the student. No labels are used.
 
-    x        2 global crops of a person image           (B, 3, H, W)    H x W = 256 x 128
-             and L local crops                          (B, 3, H/2, W/2)
-    tokens   [CLS] and N patches of a view              (B, 1 + N, D)   N = 16 x 8, a tall grid
-    s, t     student's and teacher's logits             (B, K)          K prototypes
+    globals  G = 2 crops of each of B person images       (G, B, 3, H, W)    H x W = 256 x 128
+    locals   L smaller crops                              (L, B, 3, H/2, W/2)
+    tokens   [CLS] and N patches of each view             (B, 1 + N, D)      N = 16 x 8, a tall grid
+    t        teacher's logits over K prototypes           (G, B, K) of [CLS], (M, K) of patches
+    s        student's logits, of all V = G + L views     (V, B, K) of [CLS], (M, K) of patches
     p      = softmax((t - c) / T_t), the target distribution; the centre c is a moving average of
              t, one for [CLS] and one for patches [DINO]
     CE     = -sum over K of p log softmax(s / T_s), the cross-entropy of target and prediction
@@ -18,16 +19,20 @@ input (iBOT). The teacher is a moving average of the student. No labels are used
     L_patch  CE of masked patches, in the same view                              [PersonViT Eq. 7]
     L      = L_cls + L_patch                                                     [PersonViT Eq. 8]
 
-G = 2 global and L local views make V = G + L; a batch has M masked patches; D is the width of the
-network, d of the bottleneck before the prototypes; T are temperatures; m is the teacher's momentum.
+M patches of a batch are masked; D is the width of the network, d of the bottleneck before the
+prototypes; T_t, T_s are temperatures; m is the teacher's momentum.
 
 The authors' pre-training code is not public. Equations and structure are read from notes on the
 paper, details from iBOT's code, tagged [iBOT]. Three recorded steps of that code, on square and on
 tall images, give the same numbers here (tests/golden; without stochastic depth and interpolated
 positions). The exported feature is the teacher's [CLS]. What differs from the ViT of an ImageNet
-course: the grid is a rectangle (code that takes sqrt(N) breaks on people) and patches may overlap
+course: the grid is a rectangle (code that takes sqrt(N) fails for people) and patches may overlap
 (`stride`). Parameter names are timm's, as in DINO, iBOT, TransReID, so that their files load. The
 same objective with loops over views is `plain_forward` in tests/test_personvit.py.
+
+Other tags: [PersonViT code] its published fine-tuning, [DINO], [TransReID], [SOLIDER] their code,
+[DINO for ReID] a recipe for people with it; [inferred], [secondary], [from memory]: not read in the
+source itself; [ours]: a choice of this project. docs/paper-to-code.md has them all.
 
 Read `VisionTransformer.forward_features`, then `PersonViT.forward`.
 """
@@ -269,13 +274,13 @@ def cls_loss(teacher: Tensor, student: Tensor) -> Tensor:
     (G, B, K), the student's log-probabilities (V, B, K) -> scalar.
 
     The first G student views are the teacher's. Mean of the cross-entropy over images, and over all
-    pairs of a teacher's view and another view of the student: equal views would be matched without
-    understanding. Cross-entropy = KL(teacher || student) + entropy(teacher). The entropy has no
+    pairs of a teacher's view and another view of the student: one and the same view would be too
+    easy to match. Cross-entropy = KL(teacher || student) + entropy(teacher). The entropy has no
     gradient, yet it changes as the teacher does: this loss may rise while the student follows the
     teacher ever better.
     """
     B = teacher.shape[1]
-    pairs = -torch.einsum("qbk,vbk->qv", teacher, student) / B               # (G, V)
+    pairs = -torch.einsum("gbk,vbk->gv", teacher, student) / B               # (G, V)
     G, V = pairs.shape
     assert V > 1, "one view alone has no other view to be compared with"
     # the diagonal holds the pairs of equal views
@@ -334,11 +339,10 @@ class PersonViT(nn.Module):
 
         views: "globals" (G, B, 3, H, W), G = 2; "locals" (L, B, 3, h, w); "masks" (G, B, rows,
         columns), True = masked, on the CPU: the number of masked patches is needed here, and would
-        have to be waited for on a GPU. Without "masks" no patch is masked and no loss of patches is
-        returned. Temperatures as scheduled; K prototypes, V = G + L views.
+        have to be waited for on a GPU. Temperatures as scheduled.
         """
+        masks = views["masks"]
         shape = (*views["globals"].shape[:2], *self.student["backbone"].grid)
-        masks = views.get("masks", torch.zeros(shape, dtype=torch.bool))
         assert masks.shape == shape, f"masks of shape {tuple(masks.shape)}, not {shape}"
         indices = masks.flatten().nonzero().flatten()                 # (M,), of G B N patches
         device = self.center.device
@@ -349,9 +353,8 @@ class PersonViT(nn.Module):
         t_cls, t_patch, features = self.teacher_forward(views["globals"], indices)
         s_cls, s_patch = self.student_forward(views, masks, indices)  # (V, B, K), (M, K)
         with torch.autocast(device.type, enabled=False):  # not in bfloat16, as in `Prototypes`
-            # subtracting the centre keeps one prototype from taking all images, the low temperature
-            # keeps targets from getting uniform: each prevents the collapse that the other alone
-            # would cause [DINO]
+            # subtracting the centre works against one prototype taking all images, the low
+            # temperature against uniform targets: the collapse that the other alone causes [DINO]
             p_cls = ((t_cls - self.center) / teacher_temp).softmax(-1)           # (G, B, K)
             p_patch = ((t_patch - self.patch_center) / patch_temp).softmax(-1)   # (M, K)
             log_cls = (s_cls / self.recipe.student_temp).log_softmax(-1)         # (V, B, K)
@@ -359,10 +362,7 @@ class PersonViT(nn.Module):
             cls = cls_loss(p_cls, log_cls)
             patch = patch_loss(p_patch, log_patch, masks, indices)
             losses = {"total": cls + patch, "cls": cls, "patch": patch}          # [PersonViT Eq. 8]
-            losses |= self.diagnose(features, p_cls, p_patch, cls)
-        if "masks" not in views:  # then these say nothing
-            del losses["patch"], losses["patch_mutual_information"]
-        return losses
+            return losses | self.diagnose(features, p_cls, p_patch, cls)
 
     @torch.no_grad()
     def teacher_forward(self, views: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -370,8 +370,8 @@ class PersonViT(nn.Module):
         that are masked in the student's input (M, K) [PersonViT Eq. 6]; and its features (G B, D).
         Adds the mean logits to new_center and new_patch_center, for `update_teacher`.
 
-        No gradient: were the teacher trained too, both could lower the loss by giving every image
-        the same output.
+        No gradient: if the teacher were trained as well, both could lower the loss by giving every
+        image the same output.
         """
         backbone = self.teacher["backbone"]
         head = self.teacher["head"]
@@ -398,7 +398,7 @@ class PersonViT(nn.Module):
         patches = tokens[:, 1:].flatten(0, 1)[indices]                       # (M, D)
         # the [CLS] loss uses the masked views as well [iBOT]
         cls = tokens[:, 0]                                                   # (G B, D)
-        if len(views["locals"]):
+        if "locals" in views:
             tokens = backbone.forward_features(views["locals"].flatten(0, 1))
             cls = torch.cat([cls, tokens[:, 0]])                             # (V B, D)
         s_patch = head.last_layer2(head(patches))                            # (M, K)
@@ -453,7 +453,7 @@ class PersonViT(nn.Module):
         The centres move here too, by the mean over all forwards since the last call and over all
         processes, and not in forward, so that a step split into several forwards moves them once.
         """
-        # the line above for all parameters, in one launch on a GPU
+        # teacher <- m teacher + (1 - m) student, all parameters in one launch on a GPU
         torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()),
                              1 - momentum)
         for center, new in ((self.center, self.new_center),
@@ -469,9 +469,10 @@ class PersonViT(nn.Module):
         """What a line of the log warns of, or nothing. COLLAPSE?: every image gets the same target.
         UNIFORM?: targets are hardly more than noise, and nothing can be learnt from them."""
         # with random weights and the recipes' temperatures these are above 0.5 on images of people;
-        # the limits are ours. Without masks nothing of patches is logged.
-        diversity = [values["mutual_information"], values["feature_std"],
-                     values.get("patch_mutual_information", 1.0)]
+        # the limits are ours
+        diversity = [values["mutual_information"], values["feature_std"]]
+        if self.recipe.masks:
+            diversity.append(values["patch_mutual_information"])
         if not all(value > 1e-2 for value in diversity):         # not NaN either
             return "COLLAPSE?"
         if values["entropy"] > 0.95 * self.reference["ln_K"]:
@@ -479,7 +480,7 @@ class PersonViT(nn.Module):
         return ""
 
     def backbone_for_export(self) -> VisionTransformer:
-        """The teacher's ViT: an average over many students, better than each [DINO]."""
+        """The teacher's ViT: an average over many students, usually better than each [DINO]."""
         return self.teacher["backbone"]
 
 
@@ -490,8 +491,8 @@ class PersonViT(nn.Module):
 
 def draw_masks(n: int, height: int, width: int, generator: torch.Generator) -> Tensor:
     """Masks of n views, (n, height, width) in patches. Half of the views have no masked patch, the
-    others a ratio from U(0.1, 0.5) [iBOT; PersonViT Eq. 5]: the network stays used to people
-    without holes, which is what it sees later."""
+    others a ratio from U(0.1, 0.5) [iBOT; PersonViT Eq. 5]: so the network also sees people without
+    holes, as it will later."""
     coin, uniform = torch.rand(2, n, generator=generator)
     ratios = torch.where(coin < 0.5, 0.0, 0.1 + 0.4 * uniform).tolist()
     return torch.stack([block_mask(height, width, ratio, generator) for ratio in ratios])
@@ -500,8 +501,9 @@ def draw_masks(n: int, height: int, width: int, generator: torch.Generator) -> T
 def block_mask(height: int, width: int, ratio: float, generator: torch.Generator) -> Tensor:
     """Mask about `ratio` of a (height, width) patch grid by random rectangles: bool, True = masked.
 
-    Blocks and not single patches: a lone hole is filled in from its neighbours without knowing what
-    a person is. Never masks more than ratio * height * width patches, at times a little less.
+    Blocks and not single patches: a lone hole can often be filled in from its neighbours, without
+    knowing what a person is. Never masks more than ratio * height * width patches, at times a
+    little less.
     Source: [iBOT], after BEiT.
 
     >>> mask = block_mask(16, 8, 0.3, torch.Generator().manual_seed(0))
@@ -510,15 +512,15 @@ def block_mask(height: int, width: int, ratio: float, generator: torch.Generator
     """
     mask = torch.zeros(height, width, dtype=torch.bool)
     most = ratio * height * width
-    lower = (min(height, width) // 3) ** 2
+    least = (min(height, width) // 3) ** 2                       # patches of a block, if they fit
     masked = 0
     tries = 0                                                    # since the last block
     while masked < most and tries < 10:
         tries += 1
         room = most - masked
         u, v, y, x = torch.rand(4, generator=generator).tolist()
-        area = lower + (room - lower) * u                        # at the end room < lower
-        aspect = math.exp((2 * v - 1) * math.log(1 / 0.3))       # h / w, log-uniform
+        area = least + (room - least) * u                        # at the end room < least
+        aspect = math.exp((2 * v - 1) * math.log(1 / 0.3))       # h / w, 0.3 to 1/0.3, log-uniform
         h = round(math.sqrt(area * aspect))
         w = round(math.sqrt(area / aspect))
         if h < height and w < width:
@@ -570,7 +572,7 @@ class PersonViTRecipe:
     batch: int = 512                    # images per step, of all processes [DINO for ReID]
     lr: float = 5e-4                    # peak learning rate, times batch / 256 [iBOT]
     min_lr: float = 1e-6                # learning rate at the end [iBOT]
-    warmup: int = 10                    # epochs up to lr, which shorter runs never reach [iBOT]
+    warmup: int = 10                    # epochs up to lr; a shorter run ends before lr [iBOT]
     weight_decay: float = 0.04          # on matrices, at the start [iBOT]
     weight_decay_end: float = 0.4       # ... and at the end of a cosine [iBOT]
     momentum: float = 0.996             # of the teacher, cosine to 1 [iBOT]
@@ -625,8 +627,8 @@ class PersonViTRecipe:
         return cls(**values)
 
     def build(self, forwards: int = 1) -> PersonViT:
-        """The objective with random weights. forwards: into how many the images of a step are cut,
-        processes x micro-batches. Raises ValueError for values that do not fit together."""
+        """The objective with random weights. forwards: forward passes of a step, processes x
+        micro-batches. Raises ValueError for values that do not fit together."""
         least = 32 if self.local_crops else 16
         if min(self.size) < least:
             raise ValueError(f"--size {self.size[0]}x{self.size[1]} is too small: masks and local "
@@ -664,10 +666,11 @@ class PersonViTRecipe:
     def draw(self, generator: torch.Generator) -> dict[str, Tensor]:
         """What is sampled for an image beside its views: masks (2, rows, columns) of its two global
         views."""
+        rows = self.size[0] // 16
+        columns = self.size[1] // 16
         if not self.masks:
-            return {}
-        height, width = self.size
-        return {"masks": draw_masks(2, height // 16, width // 16, generator)}
+            return {"masks": torch.zeros(2, rows, columns, dtype=torch.bool)}
+        return {"masks": draw_masks(2, rows, columns, generator)}
 
 
 if __name__ == "__main__":  # the file alone, in any folder: sizes, and one step on noise

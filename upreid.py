@@ -1,7 +1,7 @@
 """UP-ReID, an interpretation of its abstract: a ResNet, pre-trained on unlabelled crops of people.
 
 "Unleashing the Potential of Unsupervised Pre-Training with Intra-Identity Regularization for Person
-Re-Identification", arXiv 2112.00317; without "the" in CVPR 2022, doi 10.1109/cvpr52688.2022.01390.
+Re-Identification", arXiv 2112.00317 and (without "the") CVPR 2022.
 
 Of the paper only the abstract could be consulted. Its announced repository (Frost-Yang-99/UP-ReID)
 holds no code. The abstract states: contrastive learning; augmentation can destroy clues that tell
@@ -91,8 +91,8 @@ class ResNet(nn.Module):
 
     depths: blocks in each of the four stages. width: channels of the stem; the stages have 4, 8,
     16 and 32 times as many. last_stride: 1 keeps the last map at H/16 x W/16 instead of H/32 x
-    W/32; the finer map costs no parameters, and details of clothing survive [BoT]. Source: He et
-    al. 2016.
+    W/32; the finer map costs no parameters, only time and memory, and keeps more detail [BoT].
+    Source: He et al. 2016.
     """
 
     def __init__(self, depths: tuple[int, ...], width: int = 64, last_stride: int = 1):
@@ -165,12 +165,12 @@ def global_consistency(q: Tensor, o: Tensor, queue: Tensor, temperature: float) 
     """Symmetric KL between what q and o find similar in the queue [ours U2]: (B, d), (B, d), (K, d)
     -> scalar. No gradient through o, the target: else both could agree by forgetting the clues.
 
-    [UP-ReID abstract]: augmented and original image shall agree. The original has all the clues
+    [UP-ReID abstract]: augmented and original image should agree. The original has all the clues
     that augmentation may destroy; which other people it resembles is a target that contrast alone
     does not give. With P = softmax(q.n_i / T), R = softmax(o.n_i / T) over the queue, L = mean of
-    (KL(P||R) + KL(R||P)) / 2. Form after CO2 (arXiv 2010.02217; half the symmetric KL, as the
-    library lightly implements it, whose entries hold the positive too and which detaches neither
-    side) [CO2].
+    (KL(P||R) + KL(R||P)) / 2. The form is that of CO2 (arXiv 2010.02217) [CO2], read from the
+    library lightly, which differs in two things: its P and R also have an entry for the positive,
+    and gradients reach both.
     """
     log_p = (q @ queue.T / temperature).log_softmax(1)                       # (B, K)
     # o comes without a gradient; detached all the same, so that this function is right by itself
@@ -187,8 +187,8 @@ def intrinsic_contrast(a: Tensor, b: Tensor, temperature: float, hardest: int) -
     find stripe m of b: L = -mean over images and m of
     log[ exp(a_m.b_m / T) / (exp(a_m.b_m / T) + sum over j in H_m of exp(a_m.b_j / T)) ], H_m the
     `hardest` (most similar) of the other M - 1 stripes of the image. ln(1 + hardest) when all are
-    equally similar. All are of one image and share the light and tint of its camera, which so
-    cannot help; what is particular to a part of the body is meant to.
+    equally similar. All stripes of an image have the light and tint of its camera, which should
+    therefore help little; what is particular to a part of the body should help.
     """
     M = a.shape[1]
     assert 1 <= hardest < M, f"hardest={hardest} of the {M - 1} other stripes of an image"
@@ -210,9 +210,8 @@ class UPReID(nn.Module):
 
     backbone: the online ResNet; the momentum encoder starts as its copy and follows it. recipe:
     sizes, temperatures and weights of the losses; a loss of weight 0 is not computed. groups: parts
-    of this process's batch with batch statistics of their own. With G groups in all processes query
-    and key of an image share about 1 / G of their statistics' images, and a single group would leak
-    (see `encode_keys`). forward raises RuntimeError for a batch that cannot be cut into groups.
+    of this process's batch with batch statistics of their own; `encode_keys` says why. forward
+    raises RuntimeError for a batch that cannot be cut into groups.
     """
 
     shuffle = True  # False lets the statistics leak, for the tests
@@ -248,17 +247,18 @@ class UPReID(nn.Module):
         recipe = self.recipe
         feature = self.online["backbone"](views["first"])                          # (B, D)
         q = F.normalize(self.online["head"](feature).float(), dim=1)               # (B, d)
-        keys = self.encode_keys(views)                          # k and, unless U2 is off, o
+        keys = self.encode_keys(views)                     # of all processes, (n, 1 or 2, d)
+        self.new_keys.append(keys[:, 0])
+        keys = shard(keys)                                 # of this one
         k = keys[:, 0]                                                             # (B, d)
-        self.new_keys.append(all_gather(k))
         if recipe.weight_local:
             # not shuffled: positive and negatives are of one image, so statistics tell nothing
             a = self.encode(self.online, "stripe_head", views["stripes1"])         # (B, M, d)
             b = self.encode(self.momentum, "stripe_head", views["stripes2"])       # no gradient
         # not in bfloat16: temperatures of 0.1 and 0.05 magnify its rounding 10 and 20 times
         with torch.autocast(q.device.type, enabled=False):
-            losses = {"instance": info_nce(q, k, self.queue, recipe.temperature)}
-            total = losses["instance"]                                             # [ours U4]
+            total = info_nce(q, k, self.queue, recipe.temperature)                 # [ours U4]
+            losses = {"instance": total}
             if recipe.weight_global:
                 o = keys[:, 1]                                                     # (B, d)
                 losses["global"] = global_consistency(q, o, self.queue, recipe.temperature_global)
@@ -276,16 +276,21 @@ class UPReID(nn.Module):
 
     @torch.no_grad()
     def encode_keys(self, views: dict[str, Tensor]) -> Tensor:
-        """k of the second views and, unless U2 is off, o of the originals: (B, 1 or 2, d), in one
-        forward; no gradient: g follows f slowly, so that old keys in the queue stay comparable.
+        """k of the second views and, unless U2 is off, o of the originals: (n, 1 or 2, d), of the n
+        images of all processes, in one forward. No gradient: g follows f slowly, so that old keys
+        in the queue stay comparable.
 
         If batch norm took statistics over the same images for q and for k, the network could
         recognise the batch instead of the person: the positive is of this batch, the negatives in
         the queue are not. So keys are grouped differently from queries [MoCo: "shuffling BN"].
-        Write the n images row by row into a table with G columns, one per group of all processes:
-        n / G successive images are a group of queries, a column is a group of keys. Any two groups
-        have about one in G of their images in common (exactly, where G^2 divides n). Unlike MoCo's,
-        the keys' statistics include the originals.
+        Write the n images row by row into a table with G columns, one per group. A group of queries
+        is n / G successive images; a group of keys is a column. For n = 4, G = 2:
+
+            0 1     queries in groups (0, 1), (2, 3); keys in groups (0, 2), (1, 3)
+            2 3
+
+        Any two groups share about one in G of their images (exactly, where G^2 divides n). Unlike
+        MoCo's, the keys' statistics include the originals.
         """
         images = [views["second"]]                                             # (B, 3, H, W)
         if self.recipe.weight_global:
@@ -297,7 +302,7 @@ class UPReID(nn.Module):
             order = table.T.flatten()
         mine = images[shard(order)]                                            # (B, 1 or 2, ...)
         keys = all_gather(self.encode(self.momentum, "head", mine))            # (n, 1 or 2, d)
-        return keys[shard(order.argsort())]                 # the inverse order: (B, 1 or 2, d)
+        return keys[order.argsort()]                        # in the order of images again
 
     @torch.no_grad()
     def diagnose(self, feature: Tensor, q: Tensor, k: Tensor) -> dict[str, Tensor]:
@@ -320,7 +325,7 @@ class UPReID(nn.Module):
         Not in forward: the losses still need the old queue for their gradients. Statistics of batch
         norm are not copied: g has those of its own forwards.
         """
-        # the line above for all parameters, in one launch on a GPU
+        # g <- m g + (1 - m) f, all parameters in one launch on a GPU
         torch._foreach_lerp_(list(self.momentum.parameters()), list(self.online.parameters()),
                              1 - momentum)
         K = len(self.queue)
@@ -328,13 +333,13 @@ class UPReID(nn.Module):
         places = (self.oldest + torch.arange(len(k), device=k.device)) % K         # of the oldest
         self.queue[places] = k
         self.oldest.add_(len(k)).remainder_(K)
-        self.new_keys.clear()
+        self.new_keys = []
 
     def warning(self, values: dict[str, float]) -> str:
         """What a line of the log warns of, or nothing. COLLAPSE?: all images have the same feature,
         or the same query."""
         # both are above 0.3 at random weights on images of people; the limit is ours
-        if values["feature_std"] > 1e-2 and values["query_std"] > 1e-2:  # not so for NaN
+        if values["feature_std"] > 1e-2 and values["query_std"] > 1e-2:  # NaN fails this, too
             return ""
         return "COLLAPSE?"
 
@@ -346,7 +351,7 @@ class UPReID(nn.Module):
 
 def projection_head(embed_dim: int, dim: int) -> nn.Sequential:
     """(..., embed_dim) -> (..., dim), two layers [MoCo]: contrast discards what augmentation
-    changes, and should do so here and not in the backbone."""
+    changes; a head lets it do so here more than in the backbone."""
     return nn.Sequential(nn.Linear(embed_dim, embed_dim), nn.ReLU(), nn.Linear(embed_dim, dim))
 
 
@@ -469,15 +474,15 @@ class UPReIDRecipe:
         if arch is None:
             arch = "resnet_tiny" if dataset == "synthetic" else "resnet50"
         values = cls.ONE_GPU
-        if dataset == "luperson":
-            values = {}
         if dataset == "synthetic" or arch == "resnet_tiny":
             values = cls.LAPTOP
+        elif dataset == "luperson":
+            values = {}
         return cls(arch=arch, **values)
 
     def build(self, forwards: int = 1) -> UPReID:
-        """The objective with random weights. forwards: into how many the images of a step are cut,
-        processes x micro-batches. Raises ValueError for values that do not fit together."""
+        """The objective with random weights. forwards: forward passes of a step, processes x
+        micro-batches. Raises ValueError for values that do not fit together."""
         height, width = self.size
         if self.weight_local and (self.stripes < 1 or height % self.stripes):
             raise ValueError(f"--size {height}x{width}: the height cannot be cut into --stripes "

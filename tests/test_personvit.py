@@ -199,8 +199,11 @@ def small_model(seed=0, grid=(4, 2), shared=True, K=11, **kwargs):
 def small_views(B=3, L=2, grid=(4, 2), seed=0, ratio=0.5):
     torch.manual_seed(seed)
     H, W = 8 * grid[0], 8 * grid[1]
-    return {"globals": torch.randn(2, B, 3, H, W), "locals": torch.randn(L, B, 3, H // 2, W // 2),
-            "masks": torch.rand(2, B, *grid) < ratio}
+    views = {"globals": torch.randn(2, B, 3, H, W), "locals": torch.randn(L, B, 3, H // 2, W // 2),
+             "masks": torch.rand(2, B, *grid) < ratio}
+    if not L:
+        del views["locals"]
+    return views
 
 
 @pytest.mark.parametrize("name, size, shared, fixed", [("ibot_shared_head", (32, 32), True, True),
@@ -266,7 +269,7 @@ def plain_forward(model, views, t_temp, p_temp, s_temp=0.1):
             z = net["head"](net["backbone"].forward_features(g, *masking))
             out.append((net["head"].last_layer(z[:, 0]), net["head"].last_layer2(z[:, 1:])))
     head = model.student["head"]
-    cls = [c for c, _ in s_out] + [head.last_layer(head(model.student["backbone"](v))) for v in views["locals"]]
+    cls = [c for c, _ in s_out] + [head.last_layer(head(model.student["backbone"](v))) for v in views.get("locals", ())]
     t_cls = torch.stack([((c - model.center) / t_temp).softmax(-1) for c, _ in t_out])
     t_patch = torch.stack([((p - model.patch_center) / p_temp).softmax(-1) for _, p in t_out]).detach()
     s_patch = torch.stack([(p / s_temp).softmax(-1) for _, p in s_out])
@@ -320,14 +323,18 @@ def test_masks_must_fit():
         small_model()(small_views() | {"masks": torch.ones(2, 3, 4, 2)}, 0.04, 0.04)
 
 
-def test_without_masks_nothing_is_masked_and_nothing_said_of_patches():
-    views = small_views()
-    model, unmasked = small_model(), {name: views[name] for name in ("globals", "locals")}
-    losses, same = model(unmasked, 0.04, 0.04), model(views | {"masks": torch.zeros(2, 3, 4, 2) > 0}, 0.04, 0.04)
-    assert set(same) - set(losses) == {"patch", "patch_mutual_information"}
-    assert all(torch.equal(losses[name], same[name]) for name in losses) and torch.equal(losses["total"], losses["cls"])
+def test_without_masks_the_loss_is_dino_s():
+    views = small_views(ratio=0)
+    model = small_model()
+    losses = model(views, 0.04, 0.04)
+    assert losses["patch"] == losses["patch_mutual_information"] == 0 and torch.equal(losses["total"], losses["cls"])
+    assert float(losses["total"].detach()) == pytest.approx(float(plain_forward(small_model(), views, 0.04, 0.04)[0].detach()), rel=1e-5)
     losses["total"].backward()                                   # DistributedDataParallel waits for each gradient
     assert all(p.grad is not None for p in model.student.parameters()) and model.mask_token.grad is not None
+    values = {name: 1.0 for name in losses}
+    for masks, warning in ((True, "COLLAPSE?"), (False, "")):    # what patches would be told of
+        model.recipe = dataclasses.replace(model.recipe, masks=masks)
+        assert model.warning(values | {"patch_mutual_information": 0.0}) == warning
 
 
 def test_visible_patches_do_not_move_the_patch_loss(monkeypatch):
@@ -514,7 +521,8 @@ def test_every_number_of_the_recipe_arrives():
     assert [n["teacher_temp"] for n in now[::5]] == pytest.approx([0.06, 0.07, 0.08, 0.08])
     drawn = recipe.draw(generator(0))
     assert drawn["masks"].shape == (2, 4, 2) and torch.equal(drawn["masks"], draw_masks(2, 4, 2, generator(0)))
-    assert dataclasses.replace(recipe, masks=False).draw(generator(0)) == {}
+    none = dataclasses.replace(recipe, masks=False).draw(generator(0))["masks"]
+    assert none.shape == (2, 4, 2) and none.dtype == torch.bool and not none.any()
 
 
 def test_the_temperature_of_the_student_arrives():

@@ -1335,7 +1335,8 @@ def test_a_sheet_shows_what_the_loop_gets(market, tmp_path, monkeypatch, flags):
         train.main(flags)
     views = {"augmented": seen[0]} if isinstance(seen[0], torch.Tensor) else seen[0]
     assert shown.keys() - {"image"} == views.keys() and all(torch.equal(view, shown[name]) for name, view in views.items())
-    assert ("masks" in views) == ("personvit" in flags and "--no-masks" not in flags)
+    assert ("masks" in views) == ("personvit" in flags)
+    assert "masks" not in views or views["masks"].any() == ("--no-masks" not in flags)
     columns = {"augmented": 2, "globals": 2, "locals": len(views.get("locals", ())), "masks": 0}
     columns = sum(columns.get(name, 1) for name in shown)
     assert picture.width >= columns * (pictures.W + pictures.GAP)
