@@ -362,7 +362,8 @@ class PersonViT(nn.Module):
             cls = cls_loss(p_cls, log_cls)
             patch = patch_loss(p_patch, log_patch, masks, indices)
             losses = {"total": cls + patch, "cls": cls, "patch": patch}          # [PersonViT Eq. 8]
-            return losses | self.diagnose(features, p_cls, p_patch, cls)
+            losses |= self.diagnose(features, p_cls, p_patch, cls)
+        return losses
 
     @torch.no_grad()
     def teacher_forward(self, views: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
