@@ -1,4 +1,4 @@
-"""What a network is worth: CMC and mAP of its features, by Market-1501's protocol.
+"""How well a network ranks: CMC and mAP of its features, by Market-1501's protocol.
 
 For each query q:
 
@@ -10,15 +10,15 @@ For each query q:
     INP   = correct matches / rank of the last one; mINP = its mean over queries
 
 A query that has no correct match left does not count; every result says how many do ("valid a/b").
-Usual evaluation is kind to a model in three ways. Here ties count against the query, so that a
-collapsed network (all features equal) scores below chance and not 100 %; NaN is an error; and a
-copy of the query's file in the gallery is no match.
+Usual evaluation is kind to a model in three ways. Here ties count against the query: a collapsed
+network, all features equal, scores below chance, where the order of the gallery may else give it
+anything up to 100 %. NaN is an error. And a copy of the query's file in the gallery is no match.
 
     Q, G    images of query and gallery; D width of the feature; B images of a batch
-    W       correct matches of one query
+    M       correct matches of one query
 
 Read `ranks_of`, then `score`, `extract`, `load_model`. Weights files of any kind are read by
-extra/formats.py, re-ranking is in extra/rerank.py, your own photos in extra/photos.py.
+extra/formats.py; re-ranking, verification and your own photos are in extra/, too.
 """
 
 import argparse
@@ -93,7 +93,7 @@ class Labels(NamedTuple):
 
 
 def matches_of(query: Labels, i: int, gallery: Labels) -> tuple[np.ndarray, np.ndarray]:
-    """Places in the gallery of the images of query i's person: the correct matches (W,), and those
+    """Places in the gallery of the images of query i's person: the correct matches (M,), and those
     that are left out, from the same camera or of the same file."""
     own = np.flatnonzero(gallery.pids == query.pids[i])
     same_camera = gallery.camids[own] == query.camids[i]
@@ -104,14 +104,15 @@ def matches_of(query: Labels, i: int, gallery: Labels) -> tuple[np.ndarray, np.n
 
 def ranks_of(distances: np.ndarray, correct: np.ndarray, junk: np.ndarray,
              tie: float) -> np.ndarray:
-    """0-based ranks (W,) of a query's correct matches, nearest first. distances (G,): overwritten.
+    """Ranks (M,) of a query's correct matches, nearest first; 0 is the best. distances (G,) are
+    changed; tie: distances that differ by no more than this count as equal.
 
     The j-th correct match has rank j + the number of other people's images that are at most as far
     away. "At most": an image at the same distance counts as before it, else the order of the
-    gallery would decide, and a network that maps everything to one point would win.
+    gallery would decide.
     """
-    found = np.sort(distances[correct]) + distances.dtype.type(tie)          # (W,)
-    distances[correct] = np.inf                   # correct matches are no wrong images
+    found = np.sort(distances[correct]) + tie                                # (M,)
+    distances[correct] = np.inf                   # only other people's images are left
     distances[junk] = np.inf
     near = distances[distances <= found[-1]]      # few, if the network is good
     others_before = [np.count_nonzero(near <= distance) for distance in found]
@@ -133,10 +134,10 @@ def score(rows: Iterator[np.ndarray], query: Labels, gallery: Labels, max_rank: 
         correct, junk = matches_of(query, i, gallery)
         if not len(correct):
             continue
-        rank = ranks_of(distances, correct, junk, tie)                       # (W,)
+        rank = ranks_of(distances, correct, junk, tie)                       # (M,)
         before = np.arange(len(rank))             # correct matches before each
-        precision = (before + 1) / (rank + 1)     # at each correct match ...
-        just_before = np.where(rank > 0, before / np.maximum(rank, 1), 1.0)
+        precision = (before + 1) / (rank + 1)     # at each correct match,
+        just_before = np.where(rank > 0, before / np.maximum(rank, 1), 1.0)  # one rank earlier
         APs["step"][i] = precision.mean()
         APs["market"][i] = (just_before + precision).mean() / 2
         cmc[rank[0]:] += 1
@@ -150,8 +151,8 @@ def score(rows: Iterator[np.ndarray], query: Labels, gallery: Labels, max_rank: 
             f"excludes the image alone; if ids differ, do query and gallery come from the same "
             f"set?")
     mAPs = {name: float(np.nanmean(values)) for name, values in APs.items()}
-    return RankResult(cmc / len(INP), mAPs[ap], float(np.mean(INP)), len(INP), total, ap, mAPs,
-                      APs[ap])
+    return RankResult(cmc / len(INP), mAP=mAPs[ap], mINP=float(np.mean(INP)), valid=len(INP),
+                      total=total, ap=ap, mAPs=mAPs, AP=APs[ap])
 
 
 def labels_of(side: str, n: int, pids, camids, images=None) -> Labels:
@@ -228,7 +229,7 @@ def check_unit_length(side: str, features: Tensor, q: Tensor) -> None:
     if features.ndim != 2 or features.shape[1:] != q.shape[1:]:
         raise InputError(f"{side} features of shape {tuple(features.shape)} beside query features "
                          f"of shape {tuple(q.shape)}")
-    if not ((features.norm(dim=1) - 1).abs() < 1e-3).all():  # nor where one is NaN
+    if not ((features.norm(dim=1) - 1).abs() < 1e-3).all():  # NaN fails this, too
         raise InputError(f"{side} features are not of length 1 (or NaN); L2-normalise them")
 
 
@@ -265,7 +266,6 @@ def build_backbone(arch: str, size: tuple[int, int] = (256, 128), drop_path: flo
 class ReIDModel(nn.Module):
     """Backbone, BNNeck, classifier: images (B, 3, H, W) -> in training logits (B, num_ids) and
     feature (B, D), in evaluation the feature before [PersonViT code] or after the neck [BoT].
-    (train.py's `FineTuning` calls base and head apart, as the neck sees all processes' rows.)
 
     The two losses disagree on what a feature is: the triplet loss wants distances, the classifier
     angles; with a batch norm between them each has a space of its own. State keys base.*,
@@ -297,7 +297,8 @@ class ReIDModel(nn.Module):
 
 def resize_positions(file: dict, backbone: nn.Module) -> tuple[dict[str, Tensor], str]:
     """Tensors of a file's backbone, position embeddings resized to the backbone's grid if it has
-    another, and a text that says so."""
+    another, and a text that says so. file: what `formats.read_weights` returns, a dictionary whose
+    keys its docstring names."""
     there = file["grid"]
     here = getattr(backbone, "grid", None)
     if not there or not here or there == here:
@@ -358,8 +359,8 @@ def load_model(path: str | Path, /, **given) -> tuple[nn.Module, dict]:
     """A model to evaluate, and how to use it: its recipe, {"arch", "size", "mean", "std",
     "neck_feat", ...}.
 
-    A fine-tuned model (ours, TransReID's, PersonViT's) comes with its BNNeck; a pre-trained
-    backbone gives its frozen feature. What a file does not say is assumed, and printed; given
+    A fine-tuned model (ours, TransReID's, PersonViT's) comes with its BNNeck, without classifier; a
+    pre-trained backbone gives its frozen feature. What a file does not say is assumed, and printed; given
     changes it, as load_model(path, last_stride=2, norm="half"): see `formats.use_as`. Raises
     InputError as `load_weights` does.
     """
@@ -373,11 +374,10 @@ def load_model(path: str | Path, /, **given) -> tuple[nn.Module, dict]:
                            last_stride=recipe["last_stride"])
     state, resized = resize_positions(file, model)
     if neck:
-        classifier = neck.get("classifier.weight", torch.empty(1, model.embed_dim))
-        model = ReIDModel(model, classifier.numel() // model.embed_dim, recipe["neck_feat"])
-        if "classifier.weight" not in neck:  # ranking needs none
-            model.classifier = nn.Identity()
-        state = {f"base.{name}": tensor for name, tensor in state.items()} | neck
+        model = ReIDModel(model, 1, recipe["neck_feat"])
+        model.classifier = nn.Identity()  # of training identities: ranking needs none
+        state = {f"base.{name}": tensor for name, tensor in state.items()}
+        state |= {name: neck[name] for name in neck if name != "classifier.weight"}
     print(fill(model, state, path, file, "not all of") + resized)
     print(f"{recipe['arch']} {formats.usage(file)}")
     return model.eval(), recipe
@@ -415,7 +415,7 @@ def file_number(path: str) -> int:
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # the last batch has a shape of its own
+@torch.compiler.set_stance("force_eager")  # else the smaller last batch would be compiled again
 def extract(model: nn.Module, records: list[Record], size: tuple[int, int], mean, std,
             batch_size: int = 128, workers: int = 2, device: str = "cpu", bf16: bool = False,
             rank: int = 0, world: int = 1, flip: bool = False) -> tuple[Tensor, Tensor]:
@@ -447,7 +447,7 @@ def extract(model: nn.Module, records: list[Record], size: tuple[int, int], mean
     features = []
     all_numbers = []
     for i in range(batches):                      # in the order of one process
-        feature, numbers = parts[i % world][i // world]
+        feature, numbers = parts[i % world][i // world]  # batch i was the i % world-th process's
         features.append(feature)
         all_numbers.append(numbers)
     features = torch.cat(features)                                           # (N, D)
@@ -526,7 +526,11 @@ def evaluate_dataset(args: argparse.Namespace, model: nn.Module, recipe: dict, r
     dataset = load_dataset(args.dataset, args.data_root)
     result, q, g = evaluate(model, dataset, recipe, args.ap, args.cams == "file", **run)
     print(result)
-    print(verification.verify(q, g) or "verification: not possible without pairs of both kinds")
+    pairs = verification.verify(q, g)
+    if pairs:
+        print(pairs)
+    else:
+        print("verification: not possible without pairs of one person and of two")
     if args.rerank:
         print(f"re-ranked (k1=20, k2=6, lambda=0.3): {rank_splits(q, g, args.ap, rerank=True)}")
     if args.ranks:

@@ -121,7 +121,7 @@ def usable_bfloat16(wanted: bool, module: nn.Module, images, run) -> bool:
     device = next(module.parameters()).device
     if wanted and device.type == "cpu":
         batch = images[0]
-        views = images.views(batch["images"], batch["params"])
+        views = images.transform(batch["images"], batch["params"])
         if isinstance(views, Tensor):
             views = {"image": views}
         bf16 = bfloat16_is_right(networks(module), list(views.values()))

@@ -202,7 +202,7 @@ def test_every_format_loads_and_can_be_evaluated(tmp_path, name):
 def test_the_bottleneck_of_third_party_models_is_read(tmp_path):
     content = transreid(vit())
     model, recipe = load_model(save(tmp_path, content))
-    assert recipe["neck_feat"] == "before" and model.classifier.out_features == 9
+    assert recipe["neck_feat"] == "before" and isinstance(model.classifier, torch.nn.Identity)
     assert torch.equal(model.bottleneck.running_mean, content["bottleneck.running_mean"])
 
 
