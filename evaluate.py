@@ -360,8 +360,8 @@ def load_model(path: str | Path, /, **given) -> tuple[nn.Module, dict]:
     "neck_feat", ...}.
 
     A fine-tuned model (ours, TransReID's, PersonViT's) comes with its BNNeck, without classifier; a
-    pre-trained backbone gives its frozen feature. What a file does not say is assumed, and printed; given
-    changes it, as load_model(path, last_stride=2, norm="half"): see `formats.use_as`. Raises
+    pre-trained backbone gives its frozen feature. What a file does not say is assumed, and printed;
+    given changes it, as load_model(path, last_stride=2, norm="half"): see `formats.use_as`. Raises
     InputError as `load_weights` does.
     """
     from extra import formats
