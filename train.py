@@ -6,13 +6,14 @@
         L = cross-entropy(classifier(BN(f)), identity) + triplet(f)           weights 1 : 1
 
 The identity loss knows only training identities; the triplet loss shapes distances, which is what
-ranks new people. Three steps equal the reference code's (tests/golden/finetune_3steps).
+ranks new people. Three steps equal the reference code's, up to rounding
+(tests/golden/finetune_3steps).
 
 A run lives in its folder under runs/: recipe.json, log.jsonl, checkpoint_<step>.pth, and at the end
 its weights. The same command continues where the folder stopped. Under torchrun several processes
-share each batch, and the first alone writes. What is random in views and masks comes from the
-workers (data.py). The loops read numbers from the device only when a line of the log, a checkpoint
-or a look at the mAP is due; all that surrounds them is in extra/runs.py and can be skipped.
+share each batch, and the first alone writes. The loops read numbers from the device only when a
+line of the log, a checkpoint or a look at the mAP is due. What surrounds them, `runs`, `Run` and
+`Meter`, is in extra/runs.py and can be skipped.
 
 Read `triplet_loss`, then `pretrain`, then `fine_tune`.
 """
@@ -120,8 +121,9 @@ def hardest_pairs(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def triplet_loss(features: Tensor, labels: Tensor, margin: float | None = None) -> Tensor:
     """Batch-hard triplet loss (Hermans et al. 2017) of features (B, D), labels (B,): a scalar.
 
-    margin=None: soft margin, mean log(1 + exp(d_ap - d_an)); 0.693 = log 2 means positives are as
-    far as negatives, where a collapsed network stays. Else mean max(0, d_ap - d_an + margin).
+    margin=None: soft margin, mean log(1 + exp(d_ap - d_an)); 0.693 = log 2 means that positives are
+    as far away as negatives, as they are in a collapsed network. Else mean max(0, d_ap - d_an +
+    margin).
     """
     d_ap, d_an = hardest_pairs(features, labels)
     if margin is None:
@@ -132,8 +134,9 @@ def triplet_loss(features: Tensor, labels: Tensor, margin: float | None = None) 
 class FineTuning(nn.Module):
     """The losses of a `ReIDModel`: images (B, 3, H, W), identities (B,) -> scalars.
 
-    Each process computes the loss of all n = B x processes images, as the hardest pair may lie in
-    two of them. `reference` and `warning` serve the log, as those of PersonViT and UPReID do.
+    Each process computes the loss of all n = B x processes images, as the images of a hardest pair
+    may be in different processes. `reference` and `warning` serve the log, as those of PersonViT
+    and UPReID do.
     """
 
     def __init__(self, model: ReIDModel, recipe: Recipe):
@@ -168,8 +171,9 @@ def all_gather_with_gradient(x: Tensor) -> Tensor:
     dist.all_gather(rows, x.detach().contiguous())
     rows[dist.get_rank()] = x
     if x.requires_grad:
-        # each process has the gradient of the whole loss by its own rows alone. The sum over the
-        # processes is wanted; DistributedDataParallel takes their mean: hence times world
+        # Each process has the gradient of the whole loss by its own rows alone. The sum over the
+        # processes is wanted, DistributedDataParallel computes their mean. With two processes and
+        # gradients a and b: (2 a + 2 b) / 2 = a + b
         x.register_hook(lambda grad: grad * world)
     return torch.cat(rows)
 
@@ -269,20 +273,21 @@ def pretrain(recipe, dataset, run: Run, runtime: Runtime, weights: str | None = 
     make_views = runs.compiled(transform, runtime)
     ddp = runs.distributed(objective, runtime)  # itself, or DistributedDataParallel around it
     sampler = ShuffleSampler(len(dataset.train), recipe.batch, recipe.seed)
-    crops = Images(dataset.train, sampler, transform, recipe.seed, recipe.draw, runtime.rank,
-                   runtime.world)
+    batches = Images(dataset.train, sampler, transform, recipe.seed, recipe.draw, runtime.rank,
+                     runtime.world)  # batches[step]
     meter = Meter(objective, dataset.train, run, runtime)
     steps_per_epoch = len(sampler)
     last = recipe.epochs * steps_per_epoch
     with run.begin(), runs.stop_requests() as stop:  # from here on the folder is this run's
-        done = run.restore(model=objective, optimizer=optimizer)  # steps: 0, or its checkpoint's
-        bf16 = runs.usable_bfloat16(recipe.bf16, objective, crops, run)
-        loader = meter.timed(make_loader(crops, range(done, last), runtime.workers))
+        done = run.restore(model=objective, optimizer=optimizer)  # steps; 0 without a checkpoint
+        bf16 = runs.usable_bfloat16(recipe.bf16, objective, batches, run)
+        loader = meter.timed(make_loader(batches, range(done, last), runtime.workers))
         for epoch in range(done // steps_per_epoch, recipe.epochs):
             if done % steps_per_epoch == 0:  # else a run goes on within an epoch
                 between_epochs(objective, epoch, transform, recipe, monitor, run, runtime)
             meter.reset()
             for step in range(done, (epoch + 1) * steps_per_epoch):
+                # of the optimiser (lr, weight decay), of the objective (momentum, temperatures)
                 rates, settings = recipe.schedule(step, steps_per_epoch)
                 for group in optimizer.param_groups:
                     group["lr"] = rates["lr"]
@@ -397,16 +402,16 @@ def fine_tune(recipe: Recipe, dataset, run: Run, runtime: Runtime, weights: str 
     augment = runs.compiled(transform, runtime)
     objective = FineTuning(model, recipe)
     ddp = runs.distributed(objective, runtime)  # itself, or DistributedDataParallel around it
-    crops = Images(dataset.train, sampler, transform, recipe.seed, None, runtime.rank,
-                   runtime.world)
+    batches = Images(dataset.train, sampler, transform, recipe.seed, None, runtime.rank,
+                     runtime.world)  # batches[step]
     meter = Meter(objective, dataset.train, run, runtime)
     reading = stored(recipe, dataset)
     steps_per_epoch = len(sampler)
     last = recipe.epochs * steps_per_epoch
     with run.begin(), runs.stop_requests() as stop:  # from here on the folder is this run's
-        done = run.restore(model=model, optimizer=optimizer)  # steps: 0, or its checkpoint's
-        bf16 = runs.usable_bfloat16(recipe.bf16, model, crops, run)
-        loader = meter.timed(make_loader(crops, range(done, last), runtime.workers))
+        done = run.restore(model=model, optimizer=optimizer)  # steps; 0 without a checkpoint
+        bf16 = runs.usable_bfloat16(recipe.bf16, model, batches, run)
+        loader = meter.timed(make_loader(batches, range(done, last), runtime.workers))
         for epoch in range(done // steps_per_epoch, recipe.epochs):
             if done % steps_per_epoch == 0:  # else a run goes on within an epoch
                 log_monitor(model, reading, epoch, recipe, monitor, run, runtime)
