@@ -669,21 +669,22 @@ def colour_jitter(x: Tensor, brightness, contrast, saturation, turn) -> Tensor:
 
 
 def blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur of images (n, 3, h, w) by sigma (n, 1, 1, 1) pixels, at most 2; 0 = none.
+    """Gaussian blur of images (n, 3, h, w) by sigma (n, 1, 1, 1) in pixels, 0 = none.
 
-    Two convolutions, along rows and along columns, in which each channel of each image has its own
-    weights. Beyond the border its pixels are repeated.
+    By two matrices, as in `crop_resize`: a row holds the weights of all pixels in a new one, which
+    fall with their distance from it. At the border the weights of the pixels that exist sum to 1
+    [ours].
     """
-    radius = 8                                                    # 4 sigma
-    distance = torch.arange(-radius, radius + 1, device=x.device)            # (17,)
-    weight = torch.exp(-0.5 * (distance / sigma.clamp(min=0.1)) ** 2)        # (n, 1, 1, 17)
-    weight = weight / weight.sum(3, keepdim=True)
-    weight = weight.repeat_interleave(3, dim=0)                              # (3 n, 1, 1, 17)
-    groups = len(weight)
-    y = F.pad(x, [radius] * 4, mode="replicate").flatten(0, 1)               # (3 n, h+16, w+16)
-    y = F.conv2d(y[None], weight, groups=groups)                             # (1, 3 n, h+16, w)
-    y = F.conv2d(y, weight.mT, groups=groups)                                # (1, 3 n, h, w)
-    return torch.where(sigma > 0, y.view_as(x), x)
+    matrices = []
+    for size in x.shape[2:]:                                      # height, then width
+        pixel = torch.arange(size, device=x.device)
+        distance = (pixel[:, None] - pixel).abs()                            # (size, size)
+        weight = torch.exp(-0.5 * (pixel / sigma.clamp(min=0.1)) ** 2)       # by distance
+        matrix = weight[:, :, 0, distance]                                   # (n, 1, size, size)
+        matrices.append(matrix / matrix.sum(3, keepdim=True))
+    rows, columns = matrices
+    blurred = rows @ x @ columns.mT                                          # (n, 3, h, w)
+    return torch.where(sigma > 0, blurred, x)
 
 
 PAD = 10  # black pixels around an image that is fine-tuned on [PersonViT code]

@@ -486,7 +486,9 @@ def fine_tune_and_evaluate(recipe: Recipe, dataset, out, overwrite: bool, weight
                             bf16=recipe.bf16 and runtime.device != "cpu")
     results = {**result.numbers(), "people": dataset.people,
                "minutes": round(run.seconds / 60, 1)}
-    pairs = verification.verify(q, g, dataset.people)
+    pairs = None
+    if runtime.rank == 0:  # the process that writes; verification takes longer than ranking
+        pairs = verification.verify(q, g, dataset.people)
     if pairs:
         results["verification"] = asdict(pairs)
         print(pairs)
