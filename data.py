@@ -13,7 +13,7 @@ distractor** (a false alarm of the detector; kept: it can only lower the score).
 camera's number minus one, never relabelled, because the protocol compares cameras between query and
 gallery.
 
-A training's dataset maps a step to its batch, images[step], so that a run that continues at step n
+A training's dataset maps a step to its batch, batches[step], so that a run that continues at step n
 sees what the uninterrupted one saw, and 8 processes see what one alone would:
 
     sampler    which images make up the batches of an epoch        depends on (seed, epoch)
@@ -23,9 +23,9 @@ sees what the uninterrupted one saw, and 8 processes see what one alone would:
 
 Tags in brackets name sources: [iBOT] and [DINO] their code, [LUP] LUPerson's, [PersonViT code] its
 fine-tuning, [BoT] reid-strong-baseline's, [ours] a choice of this project, [from memory] and
-[secondary] not read there (docs/paper-to-code.md).
+[secondary] that the source itself was not read (docs/paper-to-code.md).
 
-Read `Images`, `PKSampler`, then `MultiCrop`; `load_dataset` when you need a set. Your own folders
+Read `Batches`, `PKSampler`, then `MultiCrop`; `load_dataset` when you need a set. Your own folders
 are read by extra/folders.py, image files by extra/files.py.
 """
 
@@ -53,13 +53,14 @@ Size = tuple[int, int]       # height, width
 Range = tuple[float, float]  # from, to
 
 # ---------------------------------------------------------------------------------------------
-# Datasets
+# Datasets (at a first reading skip to `Batches`)
 # ---------------------------------------------------------------------------------------------
 
 
 class Record(NamedTuple):
     """One image. pid: identity, -1 when unlabelled (junk is never a Record). camid: camera, counted
-    from 0; where cameras are unknown, the image's own number, -1 in lists of unlabelled crops."""
+    from 0. If cameras are unknown it is the image's own number; in lists of unlabelled crops, -1.
+    """
 
     path: str
     pid: int
@@ -279,7 +280,7 @@ def describe(dataset: Dataset) -> str:
     if isinstance(dataset.train, Unlabelled):
         return f"{lines[0]}\n  {len(dataset.train):,} unlabelled images"
     name = dataset.name
-    if "train only" in dataset.note:
+    if "train only" in dataset.note:  # as load_msmt17 writes
         name += ", train only"
     published = PUBLISHED.get(name, (None, None, None))
     for split, expected in zip(("train", "query", "gallery"), published):
@@ -315,44 +316,46 @@ def describe(dataset: Dataset) -> str:
 # ---------------------------------------------------------------------------------------------
 
 
-class Images(torch.utils.data.Dataset):
-    """The batches of a training: images[step] is what this process sees in a step.
+class Batches(torch.utils.data.Dataset):
+    """The batches of a training: batches[step] is what this process sees in a step.
 
-    A dictionary: "images" uint8 (B, 3, H, W); "params" (B, ...), numbers from which `transform`
-    makes views; "pids" (B,); "replaced", the indices of broken files, in whose place stands the
-    next readable image of the same identity, or else of the list near them. draw(generator) may
-    give more for each image, as PersonViT's recipe does: "masks" (2, ...) becomes (2, B, ...).
+    A dictionary: "images" uint8 (B, 3, H, W), resized to transform.size; "params" (B, ...), numbers
+    from which the loop lets `transform` make views; "pids" (B,); "replaced", the indices of broken
+    files, in whose place stands the next readable image of the same identity, or else of the list.
 
-    sampler: which images make up the batch of all processes, of which the rank-th of `world` takes
-    the rank-th part. Raises InputError if they cannot share it evenly.
+    sampler: says which images make up the batches of an epoch, by .shuffle(epoch); a batch is of
+    all processes, of which the rank-th of `world` takes the rank-th part. transform: samples the
+    params of one image, by .draw(rng). draw_more(generator): what else a method wants sampled for
+    an image, as PersonViT's recipe its masks: (2, ...) become (2, B, ...). Raises InputError if the
+    processes cannot share a batch evenly.
     """
 
-    def __init__(self, records: Sequence[Record], sampler, transform, seed: int = 0, draw=None,
-                 rank: int = 0, world: int = 1):
+    def __init__(self, records: Sequence[Record], sampler, transform, seed: int = 0,
+                 draw_more=None, rank: int = 0, world: int = 1):
         self.records = records
         self.sampler = sampler
         self.transform = transform
         self.seed = seed
-        self.draw = draw
+        self.draw_more = draw_more
         if sampler.batch % world:
             raise InputError(f"a batch of {sampler.batch} images cannot be shared evenly by "
                              f"{world} processes; see --batch, --ids, --images")
-        self.size = sampler.batch // world
-        self.first = rank * self.size
+        self.count = sampler.batch // world       # images of this process
+        self.first = rank * self.count
         self.epoch = None
 
     def __getitem__(self, step: int) -> dict:
         epoch, i = divmod(step, len(self.sampler))
         if epoch != self.epoch:
             self.epoch = epoch
-            self.batches = self.sampler.shuffle(epoch)       # (batches of an epoch, batch)
+            self.order = self.sampler.shuffle(epoch)         # (batches of an epoch, batch)
         images = []
         params = []
         pids = []
         replaced = []
         more = {}  # name -> a tensor of each image
-        for place in range(self.first, self.first + self.size):
-            index = int(self.batches[i, place])
+        for place in range(self.first, self.first + self.count):
+            index = int(self.order[i, place])
             image, used = self.read_or_replace(index)
             images.append(image)
             pids.append(self.records[used].pid)
@@ -361,9 +364,9 @@ class Images(torch.utils.data.Dataset):
             # not a function of the image: one that a batch holds twice gets different views
             rng = random.Random(f"{self.seed} {step} {place}")
             params.append(torch.tensor(self.transform.draw(rng)))
-            if self.draw:
+            if self.draw_more:
                 generator = torch.Generator().manual_seed(rng.getrandbits(63))
-                for name, value in self.draw(generator).items():
+                for name, value in self.draw_more(generator).items():
                     more.setdefault(name, []).append(value)
         batch = {"images": torch.stack(images),
                  "params": torch.stack(params),
@@ -386,7 +389,7 @@ class Images(torch.utils.data.Dataset):
         pid = self.records[index].pid
         same = []  # indices; the nearest in the list come first
         others = []
-        for distance in range(1, min(len(self.records), 1000)):
+        for distance in range(1, min(len(self.records), 1000)):  # it need not be far away
             other = (index + distance) % len(self.records)
             if self.records[other].pid == pid:
                 same.append(other)
@@ -404,7 +407,7 @@ def make_loader(dataset, indices: range, num_workers: int) -> torch.utils.data.D
     workers.end_workers_at_exit()
     return torch.utils.data.DataLoader(
         dataset, batch_size=None, sampler=indices, num_workers=num_workers,
-        collate_fn=workers.hand_over, worker_init_fn=workers.quiet_worker,
+        collate_fn=workers.hand_over, worker_init_fn=workers.quiet_worker,  # errors, Ctrl-C
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator())  # else it would take a number from PyTorch's own generator
 
@@ -439,9 +442,9 @@ class PKSampler:
         if len(self.members) < least or num_ids < 2 or num_images < 1:
             raise InputError(f"a batch needs {least} identities and one image of each, the "
                              f"training set has {len(self.members)}; see --ids, --labelled")
-        groups = [math.ceil(len(images) / num_images) for images in self.members.values()]
-        enough = math.ceil(sum(groups) / num_ids)
-        self.length = max(enough, max(groups))
+        counts = [math.ceil(len(images) / num_images) for images in self.members.values()]
+        enough = math.ceil(sum(counts) / num_ids)
+        self.length = max(enough, max(counts))
 
     def __len__(self) -> int:
         """Batches of an epoch, the same in each."""
@@ -568,8 +571,8 @@ def random_blur(rng, p: float) -> float:
 
 
 def erasing_noise(images: Tensor, seed: int, step: int, rank: int = 0, world: int = 1) -> Tensor:
-    """Normal noise for erased pixels of images (B, 3, H, W), sampled on their device: for the
-    images of all processes, as one would sample it, of which each process takes its own."""
+    """Normal noise for erased pixels of images (B, 3, H, W), sampled on their device. Each process
+    samples that of the batch of all processes, from one seed, and keeps its own part."""
     B, _, H, W = images.shape
     key = random.Random(f"{seed} {step} erasing").getrandbits(63)
     rng = torch.Generator(images.device).manual_seed(key)
@@ -591,7 +594,7 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     """uint8, or floats in [0, 1], (B, 3, H, W) -> float32 of about zero mean, unit variance."""
     if images.dtype == torch.uint8:
         images = images.float() / 255
-    # by numbers, as tensors of them would have to be copied to a GPU in every step
+    # channel by channel: tensors of mean and std would be copied to a GPU in every step
     channels = []
     for x, m, s in zip(images.unbind(1), mean, std):
         channels.append((x - m) / s)
@@ -660,10 +663,10 @@ def colour_jitter(x: Tensor, brightness, contrast, saturation, turn) -> Tensor:
     hue = torch.where(high == g, (b - r) / divisor + 2, (r - g) / divisor + 4)
     hue = torch.where(high == r, (g - b) / divisor, hue)
     hue = hue + 6 * turn
-    # back to RGB: a channel is highest at its own hue and falls linearly, lowest two sixths away
+    # back to RGB: a channel is highest up to one sixth from its own hue, lowest from two on
     channels = []
-    for offset in (5, 3, 1):                                      # of red, green, blue
-        k = (hue + offset) % 6
+    for end in (1, 3, 5):                                         # where red, green, blue fall
+        k = (hue - end) % 6
         channels.append(high - chroma * torch.minimum(k, 4 - k).clamp(0, 1))
     return torch.cat(channels, dim=1)
 
@@ -700,9 +703,9 @@ class FineTuneTransform:
         erase           with probability 0.5 a rectangle of at least 2 % of the image, of aspect 0.3
                         to 1/0.3 (timm's defaults [from memory])
 
-    noise=True: it has up to a third of the image and is filled with normal noise, pixel by pixel
-    [PersonViT code]. noise=False: up to 40 %, filled with the mean colour, which is 0 after
-    normalisation [BoT].
+    noise=True: the rectangle has up to a third of the image, and __call__ is to be given the normal
+    noise that fills it, pixel by pixel [PersonViT code]. noise=False: up to 40 %, filled with the
+    mean colour, which is 0 after normalisation [BoT].
     """
 
     def __init__(self, size: Size, mean, std, noise: bool = True):
@@ -780,7 +783,8 @@ class MultiCrop:
         return views
 
     def draw_view(self, rng, scale: Range, blur: float, solarize: float = 0.0) -> list[float]:
-        """Probabilities of blur and solarisation -> 12 numbers, as `__call__` names them."""
+        """Probabilities of blur and solarisation -> 12 numbers: crop (4), colours (4), flip,
+        greyscale, sigma of the blur, solarisation."""
         colours = [1, 1, 1, 0]
         if rng.random() < 0.8:
             colours = [
@@ -824,8 +828,8 @@ class ContrastViews:
 
     "first", "second" (B, 3, H, W): the image, augmented twice. "original": the image as it is, if
     wanted. "stripes1", "stripes2" (B, M, 3, H / M, W), for M > 0: its M horizontal stripes, each
-    augmented twice like an image of its own. Cut first: crops cut later would pair a head with a
-    knee [ours U3].
+    augmented twice like an image of its own. They are cut before the augmentation: stripe m of two
+    different crops might show a head and a knee [ours U3].
 
     Augmentation as LUPerson's ori-cj+sre [LUP]: random resized crop of 20 % to all of the area,
     width / height 3/4 to 4/3, greyscale 0.2, blur 0.5 with sigma U(0.1, 2), flip 0.5, normalisation
@@ -853,12 +857,13 @@ class ContrastViews:
         second = self.draw_view(rng, self.size)
         views = [first, second]
         for _ in range(2 * self.stripes):
-            stripe = (H // self.stripes, W)
+            stripe = (H // self.stripes, W)       # here, as there may be none
             views.append(self.draw_view(rng, stripe))
         return views
 
     def draw_view(self, rng, size: Size) -> list[float]:
-        """11 numbers of an image or stripe, as `augment` names them."""
+        """11 numbers of an image or stripe: crop (4), erased box (4), flip, greyscale, sigma of the
+        blur."""
         return [
             *random_crop(rng, size, (0.2, 1.0), (3 / 4, 4 / 3)),
             *random_erasure(rng, size, (0.02, 0.6), log=False),

@@ -2,17 +2,22 @@
 
 For each query q:
 
-    rank the gallery by distance to q            nearest first
+    rank the gallery by distance to q            nearest first, at rank 1
     drop images of q's person from q's camera    finding the next video frame again proves nothing
     CMC@k = share of queries with a correct match among the first k       (rank-1 is CMC@1)
-    AP    = mean precision at the correct matches; mAP = its mean over queries. There are two
-            rules of AP: see `cmc_map`
+    AP    = mean over q's correct matches, of the precision at their ranks     ("step")
+            Market-1501's own code: of the mean of that and the precision one rank earlier
+            ("market"; the area below the curve by trapezoids, never higher)
+    mAP   = mean of AP over queries
     INP   = correct matches / rank of the last one; mINP = its mean over queries
 
 A query that has no correct match left does not count; every result says how many do ("valid a/b").
-Usual evaluation is kind to a model in three ways. Here ties count against the query: a collapsed
-network, all features equal, scores below chance, where the order of the gallery may else give it
-anything up to 100 %. NaN is an error. And a copy of the query's file in the gallery is no match.
+Usual evaluation is kind to a model in three ways, which are closed here:
+
+    1  ties count against the query: else a collapsed network, all features equal, gets what the
+       order of the gallery gives it, up to 100 %
+    2  NaN is an error
+    3  a copy of the query's file in the gallery is no match
 
     Q, G    images of query and gallery; D width of the feature; B images of a batch
     M       correct matches of one query
@@ -89,7 +94,7 @@ class Labels(NamedTuple):
 
     pids: np.ndarray
     camids: np.ndarray
-    images: np.ndarray
+    files: np.ndarray
 
 
 def matches_of(query: Labels, i: int, gallery: Labels) -> tuple[np.ndarray, np.ndarray]:
@@ -97,14 +102,14 @@ def matches_of(query: Labels, i: int, gallery: Labels) -> tuple[np.ndarray, np.n
     that are left out, from the same camera or of the same file."""
     own = np.flatnonzero(gallery.pids == query.pids[i])
     same_camera = gallery.camids[own] == query.camids[i]
-    same_file = gallery.images[own] == query.images[i]
+    same_file = gallery.files[own] == query.files[i]
     junk = same_camera | same_file
     return own[~junk], own[junk]
 
 
 def ranks_of(distances: np.ndarray, correct: np.ndarray, junk: np.ndarray,
              tie: float) -> np.ndarray:
-    """Ranks (M,) of a query's correct matches, nearest first; 0 is the best. distances (G,) are
+    """Ranks (M,) of a query's correct matches, nearest first; 1 is the best. distances (G,) are
     changed; tie: distances that differ by no more than this count as equal.
 
     The j-th correct match has rank j + the number of other people's images that are at most as far
@@ -116,7 +121,7 @@ def ranks_of(distances: np.ndarray, correct: np.ndarray, junk: np.ndarray,
     distances[junk] = np.inf
     near = distances[distances <= found[-1]]      # few, if the network is good
     others_before = [np.count_nonzero(near <= distance) for distance in found]
-    return np.arange(len(found)) + others_before
+    return np.arange(1, len(found) + 1) + others_before
 
 
 def score(rows: Iterator[np.ndarray], query: Labels, gallery: Labels, max_rank: int, ap: str,
@@ -135,13 +140,13 @@ def score(rows: Iterator[np.ndarray], query: Labels, gallery: Labels, max_rank: 
         if not len(correct):
             continue
         rank = ranks_of(distances, correct, junk, tie)                       # (M,)
-        before = np.arange(len(rank))             # correct matches before each
-        precision = (before + 1) / (rank + 1)     # at each correct match,
-        just_before = np.where(rank > 0, before / np.maximum(rank, 1), 1.0)  # one rank earlier
+        hits = np.arange(1, len(rank) + 1)        # correct matches up to each
+        precision = hits / rank                   # at each correct match,
+        earlier = np.where(rank > 1, (hits - 1) / np.maximum(rank - 1, 1), 1.0)  # a rank earlier
         APs["step"][i] = precision.mean()
-        APs["market"][i] = (just_before + precision).mean() / 2
-        cmc[rank[0]:] += 1
-        INP.append(len(rank) / (rank[-1] + 1))
+        APs["market"][i] = (earlier + precision).mean() / 2
+        cmc[rank[0] - 1:] += 1                    # found at rank r: found among the first k >= r
+        INP.append(len(rank) / rank[-1])
     if not INP:
         absent = int((~np.isin(query.pids, gallery.pids)).sum())
         raise InputError(
@@ -155,16 +160,16 @@ def score(rows: Iterator[np.ndarray], query: Labels, gallery: Labels, max_rank: 
                       total=total, ap=ap, mAPs=mAPs, AP=APs[ap])
 
 
-def labels_of(side: str, n: int, pids, camids, images=None) -> Labels:
-    """The labels of one side, "query" or "gallery". images=None: no two are the same file. Raises
-    InputError if sizes do not agree."""
-    if images is None:
-        other = {"query": -1, "gallery": -2}      # no query's number is a gallery image's
-        images = np.full(n, other[side])
+def labels_of(side: str, n: int, pids, camids, files=None) -> Labels:
+    """The labels of one side, "query" or "gallery". files=None: no query's file is in the gallery.
+    Raises InputError if sizes do not agree."""
+    if files is None:
+        other = {"query": -1, "gallery": -2}
+        files = np.full(n, other[side])
     labels = []
-    for name, values in (("ids", pids), ("cameras", camids), ("image numbers", images)):
+    for name, values in (("ids", pids), ("cameras", camids), ("file numbers", files)):
         values = np.asarray(values)
-        if n < 1 or values.shape != (n,) or values.dtype.kind not in "biu":
+        if n < 1 or values.shape != (n,) or values.dtype.kind not in "biu":  # bool, int, unsigned
             raise InputError(f"the {side} has {n} images and {values.size} {name} of type "
                              f"{values.dtype}; as many integers are needed, one at least")
         labels.append(values.astype(np.int64))
@@ -172,16 +177,15 @@ def labels_of(side: str, n: int, pids, camids, images=None) -> Labels:
 
 
 def cmc_map(distmat, q_pids, g_pids, q_camids, g_camids, max_rank: int = 50, ap: str = "step",
-            *, q_images=None, g_images=None) -> RankResult:
+            *, q_files=None, g_files=None) -> RankResult:
     """CMC and mAP of a distance matrix (Q, G), smaller = more alike; ids and cameras (Q,) and (G,);
     for your own code: the scripts go through `rank_features`, whose arguments have another order.
 
-    ap="step": AP = mean of precision@rank over the correct matches, without interpolation
-    (PersonViT, TransReID, fast-reid, torchreid). ap="market": with interpolation, the trapezoid of
-    Market-1501's MATLAB code, mean of the precision before and at each correct match; never higher.
-    Images of the query's id from the query's camera are left out, as are, when image numbers are
-    given, images of its id with its number; distractors (id 0) stay. Equal distances are ties,
-    which count against the query; to `rank_features` also those that rounding cannot tell apart.
+    ap: "step", as PersonViT, TransReID, fast-reid, torchreid have it, or "market" (Market-1501's
+    MATLAB code); see the module's docstring. Images of the query's id from the query's camera are
+    left out, as are, when file numbers are given, images of its id with its number; distractors (id
+    0) stay. Equal distances are ties, which count against the query; to `rank_features` also those
+    that rounding cannot tell apart.
     Raises InputError (a ValueError) for distances that are not finite, sizes that do not agree and
     when no query has a correct match.
 
@@ -197,27 +201,27 @@ def cmc_map(distmat, q_pids, g_pids, q_camids, g_camids, max_rank: int = 50, ap:
         matrix = matrix.astype(np.float64)
     if matrix.ndim != 2:
         raise InputError(f"distances are a matrix (queries, gallery), not of shape {matrix.shape}")
-    query = labels_of("query", len(matrix), q_pids, q_camids, q_images)
-    gallery = labels_of("gallery", matrix.shape[1], g_pids, g_camids, g_images)
+    query = labels_of("query", len(matrix), q_pids, q_camids, q_files)
+    gallery = labels_of("gallery", matrix.shape[1], g_pids, g_camids, g_files)
     rows = (row.copy() for row in matrix)
     return score(rows, query, gallery, max_rank, ap, tie=0.0)
 
 
 def rank_features(q_feats, q_pids, q_camids, g_feats, g_pids, g_camids, max_rank: int = 50,
-                  ap: str = "step", rerank: bool = False, *, q_images=None,
-                  g_images=None) -> RankResult:
+                  ap: str = "step", rerank: bool = False, *, q_files=None,
+                  g_files=None) -> RankResult:
     """CMC and mAP of unit features (Q, D) and (G, D), without the (Q, G) matrix in memory.
 
-    rerank: by k-reciprocal neighbours, k1 = 20, k2 = 6, lambda = 0.3 (see `rerank`). Cosine
-    similarity ranks as the Euclidean distance of unit vectors does; similarities closer than TIE
-    are ties. Raises InputError as `cmc_map` does, and for features that are not of length 1.
+    rerank: by k-reciprocal neighbours, k1 = 20, k2 = 6, lambda = 0.3 (extra/rerank.py). Cosine
+    similarity ranks as the Euclidean distance of unit vectors does; similarities closer than TIE,
+    1e-6, are ties. Raises InputError as `cmc_map` does, and for features that are not of length 1.
     """
     q = torch.as_tensor(q_feats).detach().float()
     g = torch.as_tensor(g_feats).detach().float()
     check_unit_length("query", q, q)
     check_unit_length("gallery", g, q)
-    query = labels_of("query", len(q), q_pids, q_camids, q_images)
-    gallery = labels_of("gallery", len(g), g_pids, g_camids, g_images)
+    query = labels_of("query", len(q), q_pids, q_camids, q_files)
+    gallery = labels_of("gallery", len(g), g_pids, g_camids, g_files)
     rows = negative_similarities(q, g)
     if rerank:
         rows = reranked_rows(q, g)
@@ -234,7 +238,8 @@ def check_unit_length(side: str, features: Tensor, q: Tensor) -> None:
 
 
 def negative_similarities(q: Tensor, g: Tensor, chunk: int = 256) -> Iterator[np.ndarray]:
-    """Distances (G,) of one query after the other, a chunk of them in memory."""
+    """Distances (G,) of one query after the other, a chunk of them in memory: the cosine similarity
+    times -1, so that nearer is smaller."""
     for part in q.split(chunk):
         yield from (-part @ g.T).cpu().numpy()
 
@@ -264,8 +269,9 @@ def build_backbone(arch: str, size: tuple[int, int] = (256, 128), drop_path: flo
 
 
 class ReIDModel(nn.Module):
-    """Backbone, BNNeck, classifier: images (B, 3, H, W) -> in training logits (B, num_ids) and
-    feature (B, D), in evaluation the feature before [PersonViT code] or after the neck [BoT].
+    """Backbone, BNNeck, classifier; the neck is one batch norm. Images (B, 3, H, W) -> in training
+    logits (B, num_ids) and feature (B, D), in evaluation the feature, before [PersonViT code] or
+    after the neck [BoT].
 
     The two losses disagree on what a feature is: the triplet loss wants distances, the classifier
     angles; with a batch norm between them each has a space of its own. State keys base.*,
@@ -297,8 +303,8 @@ class ReIDModel(nn.Module):
 
 def resize_positions(file: dict, backbone: nn.Module) -> tuple[dict[str, Tensor], str]:
     """Tensors of a file's backbone, position embeddings resized to the backbone's grid if it has
-    another, and a text that says so. file: what `formats.read_weights` returns, a dictionary whose
-    keys its docstring names."""
+    another, and a text that says so. file: what `formats.read_weights` returns, a dictionary: base,
+    neck (tensors), recipe, grid, kind, dropped."""
     there = file["grid"]
     here = getattr(backbone, "grid", None)
     if not there or not here or there == here:
@@ -313,7 +319,7 @@ def fill(model: nn.Module, state: dict[str, Tensor], path: str | Path, file: dic
          problem: str) -> str:
     """Load a file's tensors and say so; or raise InputError, and leave the model as it was.
 
-    problem: what a difference means.
+    problem: how the error begins, as "not all of" resnet50.
     """
     differ = differences(model, state)
     here = shapes(model.state_dict())
@@ -338,7 +344,7 @@ def differences(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
 
 
 def shapes(state: dict[str, Tensor]) -> dict[str, tuple]:
-    """Old files lack the counter of batch norm, which only an average over all steps would read."""
+    """Shape of each tensor, without batch norm's counter of steps, which old files lack."""
     return {name: tuple(tensor.shape) for name, tensor in state.items()
             if "num_batches" not in name}
 
@@ -360,8 +366,8 @@ def load_model(path: str | Path, /, **given) -> tuple[nn.Module, dict]:
     "neck_feat", ...}.
 
     A fine-tuned model (ours, TransReID's, PersonViT's) comes with its BNNeck, without classifier; a
-    pre-trained backbone gives its frozen feature. What a file does not say is assumed, and printed;
-    given changes it, as load_model(path, last_stride=2, norm="half"): see `formats.use_as`. Raises
+    pre-trained backbone gives its frozen feature. What a file does not say is assumed, and printed.
+    given: what to use in its place, as load_model(path, last_stride=2, norm="half"). Raises
     InputError as `load_weights` does.
     """
     from extra import formats
@@ -419,7 +425,7 @@ def file_number(path: str) -> int:
 def extract(model: nn.Module, records: list[Record], size: tuple[int, int], mean, std,
             batch_size: int = 128, workers: int = 2, device: str = "cpu", bf16: bool = False,
             rank: int = 0, world: int = 1, flip: bool = False) -> tuple[Tensor, Tensor]:
-    """L2-normalised features (N, D) in float32 and image numbers (N,): equal bytes, equal number.
+    """L2-normalised features (N, D) in float32 and file numbers (N,): equal bytes, equal number.
 
     flip: the sum of an image's feature and its mirror image's, normalised. Each process takes every
     world-th batch, and all return all features. Raises InputError, naming the file, for an
@@ -465,10 +471,10 @@ def extract(model: nn.Module, records: list[Record], size: tuple[int, int], mean
 
 @dataclass
 class Features:
-    """What a ranking needs of one split: unit features (N, D); image numbers, pids, camids (N,)."""
+    """What a ranking needs of one split: unit features (N, D); file numbers, pids, camids (N,)."""
 
     feats: Tensor
-    images: Tensor
+    files: Tensor
     pids: Tensor
     camids: Tensor
 
@@ -498,18 +504,18 @@ def evaluate(model: nn.Module, dataset, recipe: dict, ap: str = "step", use_came
 def rank_splits(q: Features, g: Features, ap: str, rerank: bool = False) -> RankResult:
     """`rank_features` of two splits; a copy of the query's file in the gallery is no match."""
     return rank_features(q.feats, q.pids, q.camids, g.feats, g.pids, g.camids, ap=ap,
-                         rerank=rerank, q_images=q.images, g_images=g.images)
+                         rerank=rerank, q_files=q.files, g_files=g.files)
 
 
 def filtered_ranking(q: Features, g: Features, i: int, tie: float = TIE) -> tuple[Tensor, Tensor]:
-    """Gallery indices of query i, nearest first, as they are ranked here (junk left out, ties
-    against the query), and their cosine similarities: what a rank list shows."""
+    """Gallery indices of query i, nearest first, and their cosine similarities: what a rank list
+    shows. The rules of `matches_of` and `ranks_of` in another form: junk is left out, and at equal
+    distance other people come first."""
     similarity = g.feats @ q.feats[i]                                        # (G,)
     own = g.pids == q.pids[i]
-    junk = own & ((g.camids == q.camids[i]) | (g.images == q.images[i]))
+    junk = own & ((g.camids == q.camids[i]) | (g.files == q.files[i]))
     distance = torch.where(own, -similarity + tie, -similarity)
-    order = torch.argsort(own.int(), stable=True)                            # others first ...
-    order = order[torch.argsort(distance[order], stable=True)]               # ... among equals
+    order = torch.from_numpy(np.lexsort((own, distance)))  # by distance, then by own
     order = order[~junk[order]]
     return order, similarity[order]
 

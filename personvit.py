@@ -17,7 +17,7 @@ input (iBOT). The teacher is a moving average of the student. No labels are used
     CE     = -sum over K of p log softmax(s / T_s), the cross-entropy of target and prediction
     L_cls    CE of [CLS], across different views                                 [PersonViT Eq. 4]
     L_patch  CE of masked patches, in the same view                              [PersonViT Eq. 7]
-    L      = L_cls + L_patch                                                     [PersonViT Eq. 8]
+    total  = L_cls + L_patch                                                     [PersonViT Eq. 8]
 
 M patches of a batch are masked; D is the width of the network, d of the bottleneck before the
 prototypes; T_t, T_s are temperatures; m is the teacher's momentum.
@@ -55,7 +55,7 @@ from torch.special import entr  # entr(p) = -p log p
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, (B, T, D) -> (B, T, D), T tokens. Source: Vaswani et al. 2017."""
+    """Multi-head self-attention, (B, S, D) -> (B, S, D), S tokens. Source: Vaswani et al. 2017."""
 
     def __init__(self, embed_dim: int, num_heads: int):
         super().__init__()
@@ -64,21 +64,21 @@ class Attention(nn.Module):
         self.proj = nn.Linear(embed_dim, embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        B, T, D = x.shape
-        qkv = self.qkv(x).reshape(B, T, 3, self.num_heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                    # each (B, heads, T, D/heads)
+        B, S, D = x.shape
+        qkv = self.qkv(x).reshape(B, S, 3, self.num_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                    # each (B, heads, S, D/heads)
         # = softmax(q k^T / sqrt(D/heads)) v; a fused kernel, where there is one, never stores the
-        # (T, T) matrix
-        x = F.scaled_dot_product_attention(q, k, v)             # (B, heads, T, D/heads)
-        x = x.transpose(1, 2).reshape(B, T, D)                  # the heads side by side
+        # (S, S) matrix
+        x = F.scaled_dot_product_attention(q, k, v)             # (B, heads, S, D/heads)
+        x = x.transpose(1, 2).reshape(B, S, D)                  # the heads side by side
         return self.proj(x)
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block with stochastic depth, (B, T, D) -> (B, T, D).
+    """Pre-norm transformer block with stochastic depth, (B, S, D) -> (B, S, D).
 
     drop_path: probability that an image skips a branch in training (Huang et al. 2016); it
-    regularises like dropout, yet each network that remains is a plain ViT, only shallower.
+    regularises like dropout, but what remains is always a ViT, with fewer branches.
     """
 
     def __init__(self, embed_dim: int, num_heads: int, mlp_ratio: float, drop_path: float):
@@ -93,7 +93,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for norm, branch in ((self.norm1, self.attn), (self.norm2, self.mlp)):
-            update = branch(norm(x))                            # (B, T, D)
+            update = branch(norm(x))                            # (B, S, D)
             if self.training and self.drop_path > 0:            # stochastic depth
                 keep = 1 - self.drop_path
                 kept = torch.rand(len(x), 1, 1, device=x.device) < keep
@@ -218,7 +218,8 @@ VITS = {"vit_mini": vit_mini, "vit_tiny": vit_tiny, "vit_small": vit_small, "vit
 
 
 class ProjectionHead(nn.Module):
-    """Three-layer MLP, unit sphere, prototypes [DINO].
+    """Three-layer MLP, unit sphere, prototypes [DINO]. forward ends at the unit sphere; the
+    prototypes, `last_layer` of [CLS] and `last_layer2` of patches, follow where logits are needed.
 
     The notes on the paper name two, MLP1 for [CLS] (Eq. 4) and MLP2 for patches (Eq. 6). Here, as
     in iBOT, both use one MLP. shared: they use the same prototypes too, so patches are sorted into
@@ -253,7 +254,8 @@ class Prototypes(nn.Module):
 
     def __init__(self, dim: int, num_prototypes: int, norm_last_layer: bool):
         super().__init__()
-        self.weight_g = nn.Parameter(torch.ones(num_prototypes, 1), not norm_last_layer)
+        self.weight_g = nn.Parameter(torch.ones(num_prototypes, 1),
+                                     requires_grad=not norm_last_layer)
         self.weight_v = nn.Parameter(torch.empty(num_prototypes, dim))
         nn.init.kaiming_uniform_(self.weight_v, math.sqrt(5))    # as nn.Linear starts [iBOT]
 
@@ -269,9 +271,9 @@ class Prototypes(nn.Module):
 # ---------------------------------------------------------------------------------------------
 
 
-def cls_loss(teacher: Tensor, student: Tensor) -> Tensor:
-    """[CLS] self-distillation across views [PersonViT Eq. 4]: the teacher's probabilities
-    (G, B, K), the student's log-probabilities (V, B, K) -> scalar.
+def cls_loss(p: Tensor, log_s: Tensor) -> Tensor:
+    """[CLS] self-distillation across views [PersonViT Eq. 4]: the teacher's probabilities p
+    (G, B, K), the student's log-probabilities log_s (V, B, K) -> scalar.
 
     The first G student views are the teacher's. Mean of the cross-entropy over images, and over all
     pairs of a teacher's view and another view of the student: one and the same view would be too
@@ -279,27 +281,27 @@ def cls_loss(teacher: Tensor, student: Tensor) -> Tensor:
     gradient, yet it changes as the teacher does: this loss may rise while the student follows the
     teacher ever better.
     """
-    B = teacher.shape[1]
-    pairs = -torch.einsum("gbk,vbk->gv", teacher, student) / B               # (G, V)
+    B = p.shape[1]
+    pairs = -torch.einsum("gbk,vbk->gv", p, log_s) / B                       # (G, V)
     G, V = pairs.shape
     assert V > 1, "one view alone has no other view to be compared with"
     # the diagonal holds the pairs of equal views
     return (pairs.sum() - pairs.diagonal().sum()) / (G * (V - 1))
 
 
-def patch_loss(teacher: Tensor, student: Tensor, masks: Tensor, indices: Tensor) -> Tensor:
-    """Masked-patch distillation [PersonViT Eq. 7]: the teacher's probabilities (M, K), the
-    student's log-probabilities (M, K), masks (G, B, rows, columns), indices (M,) -> scalar.
+def patch_loss(p: Tensor, log_s: Tensor, masks: Tensor, indices: Tensor) -> Tensor:
+    """Masked-patch distillation [PersonViT Eq. 7]: the teacher's probabilities p (M, K), the
+    student's log-probabilities log_s (M, K), masks (G, B, rows, columns), indices (M,) -> scalar.
 
     The M rows are all masked patches of the batch, of the same view in both networks; indices say
     where they are among the G B N patches. Mean over the masked patches of a view, then over views:
     each view counts alike, and one without masked patches counts 0 and not NaN.
     """
-    G, B = masks.shape[:2]
-    cross_entropy = -(teacher * student).sum(-1)                             # (M,)
-    in_view = masks.sum((2, 3), keepdim=True).expand_as(masks)               # masked patches
-    in_view = in_view.flatten()[indices]                                     # (M,)
-    return (cross_entropy / in_view).sum() / (G * B)
+    G, B, rows, columns = masks.shape
+    cross_entropy = -(p * log_s).sum(-1)                                     # (M,)
+    masked = masks.sum((2, 3)).flatten()           # number of masked patches, of each of G B views
+    view = indices // (rows * columns)             # to which a patch belongs (M,)
+    return (cross_entropy / masked[view]).sum() / (G * B)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -328,10 +330,10 @@ class PersonViT(nn.Module):
         for block in self.teacher["backbone"].blocks:
             block.drop_path = 0.0                                # the teacher uses all its layers
         self.mask_token = nn.Parameter(torch.zeros(1, D))        # the student's alone
-        self.reference = {"ln_K": math.log(K)}                   # `cls` where all is uniform
+        self.reference = {"ln_K": math.log(K)}                   # `cls`, if all outputs are uniform
         for name in ("center", "patch_center", "new_center", "new_patch_center"):
             self.register_buffer(name, torch.zeros(K))
-        self.forwards = 0                                        # since the centres last moved
+        self.forwards = 0                                        # how many, since centres moved
 
     def forward(self, views: dict[str, Tensor], teacher_temp: float, patch_temp: float,
                 **_) -> dict[str, Tensor]:
@@ -433,10 +435,10 @@ class PersonViT(nn.Module):
                 "prototypes": used.sum()}
 
     def clip_gradients(self, epoch: int) -> Tensor:
-        """Scale the gradient of each tensor to a norm of at most `recipe.clip`, as iBOT does: a
-        layer with a very large gradient does not shrink all others. Returns their global norm
-        before. In the first epochs, when the prototypes are still random, the last layer is frozen
-        [DINO, iBOT]."""
+        """Clip, and freeze the last layer in the first epochs, when the prototypes are still random
+        [DINO, iBOT]. The gradient of each tensor is scaled to a norm of at most `recipe.clip`, as
+        iBOT does: a layer with a very large gradient does not shrink all others. Returns their
+        global norm before."""
         grads = [p.grad for p in self.parameters() if p.grad is not None]
         norms = torch.stack(torch._foreach_norm(grads))
         scale = (self.recipe.clip / (norms + 1e-6)).clamp(max=1)
@@ -449,10 +451,10 @@ class PersonViT(nn.Module):
 
     @torch.no_grad()
     def update_teacher(self, momentum: float, **_) -> None:
-        """Once per optimiser step: teacher = m teacher + (1 - m) student.
+        """Once per optimiser step: teacher = m teacher + (1 - m) student, and the centres likewise.
 
-        The centres move here too, by the mean over all forwards since the last call and over all
-        processes, and not in forward, so that a step split into several forwards moves them once.
+        They move by the mean over all forwards since the last call and over all processes, here and
+        not in forward, so that a step split into several forwards moves them once.
         """
         # teacher <- m teacher + (1 - m) student, all parameters in one launch on a GPU
         torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()),
@@ -562,10 +564,10 @@ def matrix_groups(model: nn.Module) -> list[dict]:
 
 @dataclass(frozen=True)
 class PersonViTRecipe:
-    """PersonViT's pre-training on LUPerson, a line per value. The paper's true values lie in its
-    released checkpoints (`args`), as notes on them say. [iBOT] = its published ViT-S/16 command;
-    [inferred] = guessed from the checkpoint's name. Probabilities of augmentations and masks stand
-    with their code."""
+    """PersonViT's pre-training on LUPerson, a line per value. By notes on them, the released
+    checkpoints hold the true values; they could not be opened here. [iBOT] = its published ViT-S/16
+    command; [inferred] = guessed from the checkpoint's name. Probabilities of augmentations and
+    masks stand with their code."""
 
     arch: Literal[tuple(VITS)] = "vit_small"  # backbone [PersonViT]
     size: tuple[int, int] = (256, 128)  # height x width of global crops, local: half [PersonViT]

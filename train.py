@@ -12,8 +12,15 @@ ranks new people. Three steps equal the reference code's, up to rounding
 A run lives in its folder under runs/: recipe.json, log.jsonl, checkpoint_<step>.pth, and at the end
 its weights. The same command continues where the folder stopped. Under torchrun several processes
 share each batch, and the first alone writes. The loops read numbers from the device only when a
-line of the log, a checkpoint or a look at the mAP is due. What surrounds them, `runs`, `Run` and
-`Meter`, is in extra/runs.py and can be skipped.
+line of the log, a checkpoint or a look at the mAP is due. What surrounds them is in extra/runs.py
+and can be skipped:
+
+    run.restore           model and optimiser from the folder's checkpoint -> steps done
+    run.log, .save ...    one line of the log; a file, written whole or not at all
+    run.stop              ends the process, as Ctrl-C or SIGTERM asked (then `stop` is not empty)
+    meter.timed           the batches of a loader, while a clock measures how long it is waited for
+    meter.add, .read      keeps scalars on the device; their means since the last line of the log
+    usable_bfloat16       False where bfloat16 is not wanted, or a test shows this CPU's is wrong
 
 Read `triplet_loss`, then `pretrain`, then `fine_tune`.
 """
@@ -30,7 +37,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import (IMAGENET_MEAN, IMAGENET_STD, NAMES, ContrastViews, FineTuneTransform, Images,
+from data import (IMAGENET_MEAN, IMAGENET_STD, NAMES, Batches, ContrastViews, FineTuneTransform,
                   MultiCrop, PKSampler, ShuffleSampler, erasing_noise, hold_out, load_dataset,
                   make_loader, some_identities)
 from evaluate import ARCHS, ReIDModel, build_backbone, evaluate, load_weights
@@ -89,7 +96,9 @@ class Recipe:
     def preset(cls, dataset: str, arch: str | None = None) -> "Recipe":
         """The recipe for a dataset's name and a backbone; arch=None: the usual one."""
         arch = arch or ("resnet_tiny" if dataset == "synthetic" else "vit_small")
-        values = cls.BAG_OF_TRICKS if arch.startswith("resnet") else {}
+        values = {}
+        if arch.startswith("resnet"):
+            values = cls.BAG_OF_TRICKS
         if dataset == "synthetic" or arch in ("vit_mini", "resnet_tiny"):
             values = values | cls.LAPTOP
         elif (dataset, arch) == ("market1501", "vit_base"):
@@ -273,11 +282,12 @@ def pretrain(recipe, dataset, run: Run, runtime: Runtime, weights: str | None = 
     make_views = runs.compiled(transform, runtime)
     ddp = runs.distributed(objective, runtime)  # itself, or DistributedDataParallel around it
     sampler = ShuffleSampler(len(dataset.train), recipe.batch, recipe.seed)
-    batches = Images(dataset.train, sampler, transform, recipe.seed, recipe.draw, runtime.rank,
+    batches = Batches(dataset.train, sampler, transform, recipe.seed, recipe.draw, runtime.rank,
                      runtime.world)  # batches[step]
     meter = Meter(objective, dataset.train, run, runtime)
     steps_per_epoch = len(sampler)
     last = recipe.epochs * steps_per_epoch
+    n = runtime.accumulate  # micro-batches of a step
     with run.begin(), runs.stop_requests() as stop:  # from here on the folder is this run's
         done = run.restore(model=objective, optimizer=optimizer)  # steps; 0 without a checkpoint
         bf16 = runs.usable_bfloat16(recipe.bf16, objective, batches, run)
@@ -292,16 +302,18 @@ def pretrain(recipe, dataset, run: Run, runtime: Runtime, weights: str | None = 
                 for group in optimizer.param_groups:
                     group["lr"] = rates["lr"]
                     group["weight_decay"] = rates["weight_decay"] * group["decay"]
-                torch.manual_seed(hash((recipe.seed, step, runtime.rank)))  # of stochastic depth
                 batch = next(loader)
                 images = batch["images"].to(device, non_blocking=True)  # (B, 3, H, W) uint8
                 params = batch["params"].to(device, non_blocking=True)  # (B, views, numbers)
-                n = runtime.accumulate  # micro-batches, whose gradients add up
-                for i in range(n):
+                # for stochastic depth; a hash of numbers is the same everywhere
+                torch.manual_seed(hash((recipe.seed, step, runtime.rank)))
+                for i in range(n):                        # their gradients add up
+                    # name -> (..., 3, h, w) float32, normalised: "globals", "locals"; "first" ...
                     views = make_views(images.chunk(n)[i], params.chunk(n)[i])
-                    if "masks" in batch:  # they stay on the CPU, see `forward`
+                    if "masks" in batch:                  # they stay on the CPU, see `forward`
                         views["masks"] = batch["masks"].chunk(n, dim=1)[i]
-                    ddp.require_backward_grad_sync = i + 1 == n  # processes exchange them once
+                    # processes exchange gradients once a step
+                    ddp.require_backward_grad_sync = (i + 1 == n)
                     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                         losses = ddp(views, **settings)
                     (losses["total"] / n).backward()
@@ -310,7 +322,7 @@ def pretrain(recipe, dataset, run: Run, runtime: Runtime, weights: str | None = 
                 meter.add({"grad_norm": grad_norm})
                 optimizer.step()
                 optimizer.zero_grad()
-                objective.update_teacher(**settings)  # no gradient reaches the teacher
+                objective.update_teacher(**settings)      # no gradient reaches the teacher
 
                 done = step + 1
                 stopping = bool(stop)
@@ -322,7 +334,7 @@ def pretrain(recipe, dataset, run: Run, runtime: Runtime, weights: str | None = 
                 if saving:
                     run.save_checkpoint(done, model=objective, optimizer=optimizer)
                 if stopping:
-                    run.stop(done, last)
+                    run.stop(done, last)                  # ends the process
         between_epochs(objective, recipe.epochs, transform, recipe, monitor, run, runtime)
         run.save("backbone.pth", exported(objective, recipe.epochs, transform, recipe))
     return objective
@@ -393,8 +405,8 @@ def fine_tune(recipe: Recipe, dataset, run: Run, runtime: Runtime, weights: str 
     weights that do not fit, too many broken images, and a loss that is not finite.
     """
     device = torch.device(runtime.device)
-    pids = [record.pid for record in dataset.train]
-    sampler = PKSampler(pids, recipe.ids, recipe.images, recipe.seed)
+    identities = [record.pid for record in dataset.train]
+    sampler = PKSampler(identities, recipe.ids, recipe.images, recipe.seed)
     model = build_model(recipe, len(sampler.members), runtime, weights)
     optimizer = make_optimizer(recipe, model)
     transform = views_of(recipe)
@@ -402,7 +414,7 @@ def fine_tune(recipe: Recipe, dataset, run: Run, runtime: Runtime, weights: str 
     augment = runs.compiled(transform, runtime)
     objective = FineTuning(model, recipe)
     ddp = runs.distributed(objective, runtime)  # itself, or DistributedDataParallel around it
-    batches = Images(dataset.train, sampler, transform, recipe.seed, None, runtime.rank,
+    batches = Batches(dataset.train, sampler, transform, recipe.seed, None, runtime.rank,
                      runtime.world)  # batches[step]
     meter = Meter(objective, dataset.train, run, runtime)
     reading = stored(recipe, dataset)
@@ -420,7 +432,6 @@ def fine_tune(recipe: Recipe, dataset, run: Run, runtime: Runtime, weights: str 
             rates = {"lr": learning_rate(recipe, epoch)}
             meter.reset()
             for step in range(done, (epoch + 1) * steps_per_epoch):
-                torch.manual_seed(hash((recipe.seed, step, runtime.rank)))  # of stochastic depth
                 batch = next(loader)
                 images = batch["images"].to(device, non_blocking=True)  # (B, 3, H, W) uint8
                 params = batch["params"].to(device, non_blocking=True)  # (B, 7)
@@ -429,6 +440,8 @@ def fine_tune(recipe: Recipe, dataset, run: Run, runtime: Runtime, weights: str 
                 if recipe.erase == "noise":
                     noise = erasing_noise(images, recipe.seed, step, runtime.rank, runtime.world)
                 x = augment(images, params, noise)                      # (B, 3, H, W) float32
+                # for stochastic depth; a hash of numbers is the same everywhere
+                torch.manual_seed(hash((recipe.seed, step, runtime.rank)))
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     losses = ddp(x, pids)
                 losses["total"].backward()
@@ -448,7 +461,7 @@ def fine_tune(recipe: Recipe, dataset, run: Run, runtime: Runtime, weights: str 
                 if saving:
                     run.save_checkpoint(done, model=model, optimizer=optimizer)
                 if stopping:
-                    run.stop(done, last)
+                    run.stop(done, last)                  # ends the process
         log_monitor(model, reading, recipe.epochs, recipe, monitor, run, runtime)
         run.save("model.pth", {"format": "reid-model", "recipe": reading,
                                "model": model.state_dict()})

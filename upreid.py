@@ -168,9 +168,9 @@ def global_consistency(q: Tensor, o: Tensor, queue: Tensor, temperature: float) 
     [UP-ReID abstract]: augmented and original image should agree. The original has all the clues
     that augmentation may destroy; which other people it resembles is a target that contrast alone
     does not give. With P = softmax(q.n_i / T), R = softmax(o.n_i / T) over the queue, L = mean of
-    (KL(P||R) + KL(R||P)) / 2. The form is that of CO2 (arXiv 2010.02217) [CO2], read from the
-    library lightly, which differs in two things: its P and R also have an entry for the positive,
-    and gradients reach both.
+    (KL(P||R) + KL(R||P)) / 2. The form is that of CO2 (arXiv 2010.02217) [CO2], as the library
+    lightly implements it; there, unlike here, P and R also have an entry for the positive, and
+    gradients reach both.
     """
     log_p = (q @ queue.T / temperature).log_softmax(1)                       # (B, K)
     # o comes without a gradient; detached all the same, so that this function is right by itself
@@ -247,9 +247,10 @@ class UPReID(nn.Module):
         recipe = self.recipe
         feature = self.online["backbone"](views["first"])                          # (B, D)
         q = F.normalize(self.online["head"](feature).float(), dim=1)               # (B, d)
-        keys = self.encode_keys(views)                     # of all processes, (n, 1 or 2, d)
+        # of all processes, (n, 1 or 2, d): [:, 0] is k and [:, 1] is o, unless U2 is off
+        keys = self.encode_keys(views)
         self.new_keys.append(keys[:, 0])
-        keys = shard(keys)                                 # of this one
+        keys = shard(keys)                                 # of this process, (B, 1 or 2, d)
         k = keys[:, 0]                                                             # (B, d)
         if recipe.weight_local:
             # not shuffled: positive and negatives are of one image, so statistics tell nothing
@@ -329,10 +330,10 @@ class UPReID(nn.Module):
         torch._foreach_lerp_(list(self.momentum.parameters()), list(self.online.parameters()),
                              1 - momentum)
         K = len(self.queue)
-        k = torch.cat(self.new_keys)[-K:]                                          # (n, d)
-        places = (self.oldest + torch.arange(len(k), device=k.device)) % K         # of the oldest
-        self.queue[places] = k
-        self.oldest.add_(len(k)).remainder_(K)
+        new = torch.cat(self.new_keys)[-K:]                                        # (n, d)
+        places = (self.oldest + torch.arange(len(new), device=new.device)) % K
+        self.queue[places] = new                                 # in place of the oldest keys
+        self.oldest.add_(len(new)).remainder_(K)
         self.new_keys = []
 
     def warning(self, values: dict[str, float]) -> str:

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
 
-from data import (Images, PKSampler, Record, ShuffleSampler, erasing_noise, normalize,
+from data import (Batches, PKSampler, Record, ShuffleSampler, erasing_noise, normalize,
                   some_identities)
 from evaluate import filtered_ranking
 from extra.files import InputError, read_image, write_atomic
@@ -345,7 +345,7 @@ def first_views(dataset, recipe, transform) -> dict[str, Tensor]:
         records = some_identities(records, recipe.labelled, recipe.seed)
         sampler = PKSampler([record.pid for record in records], recipe.ids, recipe.images,
                             recipe.seed)
-    batch = Images(records, sampler, transform, recipe.seed, draw)[0]
+    batch = Batches(records, sampler, transform, recipe.seed, draw)[0]
     images = batch["images"]
     inputs = [images, batch["params"]]
     if draw:

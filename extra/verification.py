@@ -46,7 +46,7 @@ def pair_similarities(q, g):
     """Yields cosine similarities of one query after the other with the gallery's images from other
     cameras, but for copies of its file: those of its own person, and those of others."""
     for i, distances in enumerate(negative_similarities(q.feats, g.feats)):
-        wanted = ((g.camids != q.camids[i]) & (g.images != q.images[i])).numpy()
+        wanted = ((g.camids != q.camids[i]) & (g.files != q.files[i])).numpy()
         own = (g.pids == q.pids[i]).numpy()
         yield -distances[wanted & own], -distances[wanted & ~own]
 

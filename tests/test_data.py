@@ -14,7 +14,7 @@ from conftest import ROOT, command, market_tree, write_image
 from PIL import Image
 
 import data
-from data import (FineTuneTransform, Images, InputError, MultiCrop, PKSampler, Record, ShuffleSampler, Unlabelled, hold_out,
+from data import (Batches, FineTuneTransform, InputError, MultiCrop, PKSampler, Record, ShuffleSampler, Unlabelled, hold_out,
                   load_dataset, make_loader, some_identities)
 from extra.files import read_image
 from extra.people import make_synthetic
@@ -289,31 +289,31 @@ def broken_set(tmp_path, broken: list[int], n: int = 8):
     return records
 
 
-class Batches:
+class Given:
     """A sampler of given batches."""
 
     def __init__(self, *batches):
-        self.batches, self.batch = np.array(batches), len(batches[0])
+        self.order, self.batch = np.array(batches), len(batches[0])
 
     def __len__(self):
-        return len(self.batches)
+        return len(self.order)
 
     def shuffle(self, epoch):
-        return self.batches
+        return self.order
 
 
 def test_broken_image_is_replaced_by_its_own_identity(tmp_path):
     views, records = FineTuneTransform((16, 8), (0.5,) * 3, (0.5,) * 3), broken_set(tmp_path, [1, 2])
-    batch = Batches([0, 1, 2, 5])
-    found = Images(records, batch, views)[7]
+    batch = Given([0, 1, 2, 5])
+    found = Batches(records, batch, views)[7]
     assert found["replaced"] == [1, 2] and found["pids"].tolist() == [0, 0, 0, 1]
     assert all(torch.equal(found["images"][i], read_image(records[3].path, (16, 8), BICUBIC)) for i in (1, 2))
-    whole = Images(broken_set(tmp_path / "a", []), batch, views)[7]
+    whole = Batches(broken_set(tmp_path / "a", []), batch, views)[7]
     assert torch.equal(found["params"], whole["params"])     # a substitute keeps its place's parameters
-    others = Images(broken_set(tmp_path / "b", [0, 1, 2, 3]), Batches([2]), views)
+    others = Batches(broken_set(tmp_path / "b", [0, 1, 2, 3]), Given([2]), views)
     assert others[0]["pids"].tolist() == [1]                 # nobody left of that identity: the next one
     with pytest.raises(InputError, match="no readable image was found near it") as caught:
-        Images(broken_set(tmp_path / "c", list(range(8))), Batches([0]), views)[0]
+        Batches(broken_set(tmp_path / "c", list(range(8))), Given([0]), views)[0]
     assert str(tmp_path / "c" / "0.png") in str(caught.value)
 
 
@@ -325,7 +325,7 @@ def masks(generator):
 def test_what_is_sampled_for_an_image_depends_on_seed_step_and_place_alone(tmp_path, draw):
     """... not on the image, nor on the other images of the batch, nor on the process that reads it."""
     records, views = broken_set(tmp_path, []), MultiCrop((16, 8), num_local=1)
-    one = Images(records, Batches([3, 3, 0, 5]), views, 2, draw)
+    one = Batches(records, Given([3, 3, 0, 5]), views, 2, draw)
     found = one[7]
     assert set(found) == {"images", "params", "pids", "replaced"} | ({"masks", "ratios"} if draw else set())
     assert found["images"].shape == (4, 3, 16, 8) and found["images"].dtype == torch.uint8 and found["pids"].tolist() == [0, 0, 0, 1]
@@ -339,15 +339,15 @@ def test_what_is_sampled_for_an_image_depends_on_seed_step_and_place_alone(tmp_p
     def equal(a, b):
         return all(torch.equal(a[name], b[name]) for name in random_parts)
 
-    assert equal(found, Images(records, Batches([1, 1, 1, 1]), views, 2, draw)[7])
+    assert equal(found, Batches(records, Given([1, 1, 1, 1]), views, 2, draw)[7])
     for world in (2, 4):
-        parts = [Images(records, Batches([3, 3, 0, 5]), views, 2, draw, rank, world)[7] for rank in range(world)]
+        parts = [Batches(records, Given([3, 3, 0, 5]), views, 2, draw, rank, world)[7] for rank in range(world)]
         assert equal(found, {name: torch.cat([part[name] for part in parts], dim=int(name != "params")) for name in random_parts})
         assert torch.equal(torch.cat([part["images"] for part in parts]), found["images"])
     with pytest.raises(InputError, match="a batch of 4 images cannot be shared evenly by 3 processes; see --batch"):
-        Images(records, Batches([3, 3, 0, 5]), views, world=3)
-    later = Images(records, Batches([0, 1, 2, 3, 3, 3, 0, 5]), views, 2, draw, 1, 2)[7]      # places 4 to 7
-    for other in (Images(records, Batches([3, 3, 0, 5]), views, 3, draw)[7], one[8], later):
+        Batches(records, Given([3, 3, 0, 5]), views, world=3)
+    later = Batches(records, Given([0, 1, 2, 3, 3, 3, 0, 5]), views, 2, draw, 1, 2)[7]      # places 4 to 7
+    for other in (Batches(records, Given([3, 3, 0, 5]), views, 3, draw)[7], one[8], later):
         assert not any(torch.equal(found[name], other[name]) for name in random_parts)
     assert len(found["params"].flatten(1).unique(dim=0)) == 4          # image 3 twice, with other parameters
     for workers in (0, 2):
@@ -359,11 +359,11 @@ def test_what_is_sampled_for_an_image_depends_on_seed_step_and_place_alone(tmp_p
 def test_an_epoch_is_shuffled_once_in_whatever_order_of_steps(tmp_path):
     records, views = broken_set(tmp_path, []), MultiCrop((16, 8), num_local=0)
     sampler, calls = ShuffleSampler(8, 2, seed=3), []
-    images = Images(records, sampler, views)
+    images = Batches(records, sampler, views)
     first = [images[step]["images"] for step in range(12)]
     real = sampler.shuffle
     sampler.shuffle = lambda epoch: calls.append(epoch) or real(epoch)
-    images = Images(records, sampler, views)
+    images = Batches(records, sampler, views)
     for step in (1, 3, 4, 7, 11, 0):
         assert torch.equal(images[step]["images"], first[step])
     assert calls == [0, 1, 2, 0]

@@ -29,14 +29,14 @@ from personvit import VisionTransformer
 # ---- ranking ---------------------------------------------------------------------------------
 
 
-def by_definition(dist, q_pids, g_pids, q_cams, g_cams, max_rank, q_images=None, g_images=None):
+def by_definition(dist, q_pids, g_pids, q_cams, g_cams, max_rank, q_files=None, g_files=None):
     """CMC, both APs and INP in plain Python, one query at a time, from the words of the protocol."""
     cmc, APs = np.zeros(max_rank), {"step": [], "market": [], "INP": []}
     for q in range(len(q_pids)):
         kept = []
         for g in range(len(g_pids)):
             same = q_pids[q] == g_pids[g]
-            copy = q_images is not None and q_images[q] == g_images[g]
+            copy = q_files is not None and q_files[q] == g_files[g]
             if not (same and (q_cams[q] == g_cams[g] or copy)):
                 kept.append((float(dist[q][g]), same))
         kept.sort()  # False < True: among ties other people come first
@@ -72,7 +72,7 @@ def random_problem(seed: int):
 def test_cmc_map_equals_the_definition(seed):
     dist, qp, gp, qc, gc, qi, gi = random_problem(seed)
     most = 1 + seed % 12
-    images = dict(q_images=qi, g_images=gi) if seed % 2 else {}
+    images = dict(q_files=qi, g_files=gi) if seed % 2 else {}
     cmc, APs, valid = by_definition(dist, qp, gp, qc, gc, most, **images)
     if not valid:
         with pytest.raises(InputError, match="no query has a correct match in the gallery"):
@@ -164,7 +164,7 @@ def test_broken_features_raise(value):
 def test_copies_of_the_query_never_count():
     f = torch.nn.functional.normalize(torch.randn(6, 8, generator=torch.Generator().manual_seed(0)), dim=1)
     pids = [1, 1, 2, 2, 3, 3]
-    honest = rank_features(f, pids, [0] * 6, f, pids, [1] * 6, q_images=range(6), g_images=range(6))
+    honest = rank_features(f, pids, [0] * 6, f, pids, [1] * 6, q_files=range(6), g_files=range(6))
     lie = rank_features(f, pids, [0] * 6, f, pids, [1] * 6)
     assert lie.cmc[0] == 1 and honest.cmc[0] < 1
     alone = rank_features(f, pids, list(range(6)), f, pids, list(range(6)))  # an image is its own camera
@@ -196,7 +196,7 @@ def test_features_must_be_unit_vectors_with_labels():
                           ({"g_feats": torch.eye(4)}, "gallery features of shape"),
                           ({"q_feats": f[0]}, "query features of shape"), ({"q_feats": 1.0}, "query features of shape"),
                           ({"q_camids": [0]}, "query has 3 images and 1 cameras"),
-                          ({"g_images": [1]}, "1 image numbers")):
+                          ({"g_files": [1]}, "1 file numbers")):
         args = dict(q_feats=f, q_pids=[1, 2, 3], q_camids=[0] * 3, g_feats=f, g_pids=[1, 2, 3], g_camids=[1] * 3)
         with pytest.raises(InputError, match=words):
             rank_features(**(args | change))
@@ -268,7 +268,7 @@ def plain_verification(similarity, q, g):
     same, other = [], []
     for i in range(len(q.pids)):
         for k in range(len(g.pids)):
-            if q.camids[i] != g.camids[k] and q.images[i] != g.images[k]:
+            if q.camids[i] != g.camids[k] and q.files[i] != g.files[k]:
                 (same if q.pids[i] == g.pids[k] else other).append(float(similarity[i, k]))
     if not same or not other:
         return None

@@ -34,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import stress
 import train
-from data import LUP_MEAN, LUP_STD, Images, PKSampler, ShuffleSampler, hold_out, load_dataset, make_loader
+from data import LUP_MEAN, LUP_STD, Batches, PKSampler, ShuffleSampler, hold_out, load_dataset, make_loader
 from evaluate import ARCHS, ReIDModel, build_backbone, evaluate, load_model
 from extra import pictures, runs
 from extra.files import InputError, command_line
@@ -323,7 +323,7 @@ def test_draws_are_the_same_for_any_number_of_workers_and_processes(dataset, rec
         """By step: images, parameters, identities and masks of the whole batch."""
         found, steps = collections.defaultdict(list), range(first, 2 * len(sampler))
         for rank in range(world):
-            images = Images(dataset.train, sampler, train.views_of(recipe), recipe.seed, getattr(recipe, "draw", None), rank, world)
+            images = Batches(dataset.train, sampler, train.views_of(recipe), recipe.seed, getattr(recipe, "draw", None), rank, world)
             for step, batch in zip(steps, make_loader(images, steps, workers), strict=True):
                 masks = [batch["masks"].transpose(0, 1)] if recipe is SMALL else []
                 assert batch.keys() == {"images", "params", "pids", "replaced", *["masks"] * (recipe is SMALL)}
@@ -798,7 +798,7 @@ def test_each_step_of_each_process_has_a_stochastic_depth_of_its_own(dataset, tm
     """The same one again in another run; a CPU's generator looks at 32 bits of a seed."""
     found = []
     monkeypatch.setattr(torch, "manual_seed", found.append)
-    monkeypatch.setattr(train, "Images", lambda *args: Images(*args[:5]))  # a second process, alone
+    monkeypatch.setattr(train, "Batches", lambda *args: Batches(*args[:5]))  # a second process, alone
     for recipe, steps in ((SMALL, 8), (dataclasses.replace(TINY, erase="mean"), 6)):
         rows = []
         for again, seed, rank in itertools.product(range(2), (0, 1), (0, 1)):
