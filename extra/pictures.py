@@ -100,11 +100,10 @@ def draw_ranks(file: str | Path, dataset, result, q, g, rows: int = 8, columns: 
     # `evaluate` gives an image number for a camera where cameras do not count
     cameras = dataset.has_cameras and g.camids.tolist() == [r.camid for r in dataset.gallery]
     left_out = "same person from same camera" if cameras else "the query image itself"
-    legend = "c3 0.123 = camera 3, cosine distance " if dataset.has_cameras else "cosine distance "
     G = len(g.pids)
     chosen = f"{len(table)} of {len(valid):,} valid queries, evenly spread, good and bad"
     rank_page(file, f"{dataset.name}: nearest {min(columns, G)} of {G:,} gallery images; "
-                    f"{left_out} left out", f"{legend}0.123; {chosen}", table)
+                    f"{left_out} left out", f"below: camera, cosine distance; {chosen}", table)
 
 
 def draw_search(file: str | Path, title: str, query: str, best: list[tuple[str, float]]) -> None:
@@ -359,26 +358,29 @@ def first_views(dataset, recipe, transform) -> dict[str, Tensor]:
 
 
 def draw_sheet(file: str | Path, dataset, recipe, transform) -> None:
-    """Four images of step 0 and their views, a row each: masked patches are shaded, local views in
-    proportion, stripes below one another. Fine-tuning: a row for each identity."""
+    """Four images of step 0 and their views, a row each, below the names that the code gives them:
+    masked patches are shaded, local views in proportion, stripes below one another. Fine-tuning: a
+    row for each identity."""
     rows = getattr(recipe, "ids", 4)
-    columns = []                                                             # (B, 3, h, w) each
-    for name, view in first_views(dataset, recipe, transform).items():
+    columns = []                                                             # name, (B, 3, h, w)
+    views = first_views(dataset, recipe, transform)
+    for name, view in views.items():
         if name == "augmented":
-            columns += view.unflatten(0, (rows, -1)).unbind(1)
-        elif name == "masks":
-            light = 1 - 0.8 * F.interpolate(view.float(), recipe.size)       # (2, B, H, W)
-            columns[1:3] = torch.stack(columns[1:3]) * light[:, :, None]
-        elif name.startswith("stripes"):
-            apart = F.pad(view, (0, 0, 0, 4), value=9.0)                     # (B, M, 3, h + 4, w)
-            columns.append(apart.transpose(1, 2).flatten(2, 3))
-        elif view.ndim == 5:
-            columns += view
-        else:
-            columns.append(view)
+            view = view.unflatten(0, (rows, -1)).transpose(0, 1)
+        if name.startswith("stripes"):
+            view = F.pad(view, (0, 0, 0, 4), value=9.0)                      # (B, M, 3, h + 4, w)
+            view = view.transpose(1, 2).flatten(2, 3)
+        if name == "globals":
+            light = 1 - 0.8 * F.interpolate(views["masks"].float(), recipe.size)
+            view = view * light[:, :, None]                                  # (2, B, 3, H, W)
+        if view.ndim == 5:
+            columns += [(name, part) for part in view]
+        elif name != "masks":
+            columns.append((name, view))
     sheet = Sheet(len(columns), rows, "")
     mean, std = torch.tensor([transform.mean, transform.std])[:, :, None, None]
-    for column, view in enumerate(columns):
+    for column, (name, view) in enumerate(columns):
+        sheet.text(sheet.place(column, 0)[0], 24, name)
         w = W * view.shape[3] // recipe.size[1]                              # of local views: half
         for row, picture in enumerate(view[:rows]):
             pixels = (picture * std + mean) * 255

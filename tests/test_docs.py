@@ -77,10 +77,10 @@ def test_command_parses(page, command, monkeypatch):
 
 
 def test_lines_of_python_run(tmp_path, monkeypatch):
-    """Those of the README, on a model and photos under the names that they use."""
+    """On a model and photos under the names that they use."""
     import evaluate
 
-    block, = re.findall(r"```python\n(.*?)```", README, re.S)
+    block, _ = re.findall(r"```python\n(.*?)```", PAGES["docs/data-and-weights.md"], re.S)
     assert len(block.splitlines()) == 5
     weights = tmp_path / re.search(r'"(.*\.pth)"', block)[1]
     weights.parent.mkdir(parents=True)
@@ -101,7 +101,7 @@ def test_lines_that_export_run(tmp_path, monkeypatch, capsys):
     """... and what is exported gives the features of one image, though it was exported with two."""
     import evaluate
 
-    block, = re.findall(r"```python\n(.*?)```", PAGES["docs/data-and-weights.md"], re.S)
+    _, block = re.findall(r"```python\n(.*?)```", PAGES["docs/data-and-weights.md"], re.S)
     assert len([line for line in block.splitlines() if line and "import" not in line]) == 6
     weights = tmp_path / re.search(r'"(.*\.pth)"', block)[1]
     weights.parent.mkdir(parents=True)
