@@ -733,7 +733,8 @@ class FineTuneTransform:
         x = F.pad(x, [PAD] * 4)                                              # (B, 3, H+20, W+20)
         rows = top + torch.arange(H, device=x.device)[:, None]               # (B, 1, H, 1)
         columns = left + torch.arange(W, device=x.device)                    # (B, 1, 1, W)
-        x = x.take_along_dim(rows, dim=2).take_along_dim(columns, dim=3)     # (B, 3, H, W)
+        x = x.gather(2, rows.expand(-1, 3, -1, W + 2 * PAD))                 # (B, 3, H, W+20)
+        x = x.gather(3, columns.expand(-1, 3, H, -1))                        # (B, 3, H, W)
         x = normalize(x, self.mean, self.std)
         erased = inside(params[:, 3:], H, W)                                 # (B, 1, H, W)
         if noise is None:
