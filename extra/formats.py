@@ -27,7 +27,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import re
 import warnings
 import zipfile
@@ -37,7 +36,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data import IMAGENET_MEAN, IMAGENET_STD, LUP_MEAN, LUP_STD
 from evaluate import ARCHS, build_backbone, differences, resize_positions

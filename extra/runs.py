@@ -15,7 +15,6 @@ import hashlib
 import json
 import math
 import os
-import random
 import signal
 import sys
 import threading
@@ -114,14 +113,14 @@ def compiled(function, runtime: Runtime):
     return torch.compile(function, backend=runtime.backend, fullgraph=True, dynamic=False)
 
 
-def usable_bfloat16(wanted: bool, module: nn.Module, images, run) -> bool:
+def usable_bfloat16(wanted: bool, module: nn.Module, batches, run) -> bool:
     """Is bfloat16 wanted, and right for what the networks will see? machine.json says what is used:
     it does not decide whether a run may go on."""
     bf16 = wanted
     device = next(module.parameters()).device
     if wanted and device.type == "cpu":
-        batch = images[0]
-        views = images.transform(batch["images"], batch["params"])
+        batch = batches[0]
+        views = batches.transform(batch["images"], batch["params"])
         if isinstance(views, Tensor):
             views = {"image": views}
         bf16 = bfloat16_is_right(networks(module), list(views.values()))

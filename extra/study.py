@@ -37,7 +37,7 @@ from extra.files import InputError, command_line
 from extra.flags import check_values, device_name, has_bfloat16, two_numbers, usual_device
 from extra.pictures import draw_ranks
 from extra.runs import Runtime, choose_backend, cores, open_run
-from train import METHODS, Recipe, build_objective, fine_tune_and_evaluate, pretrain, stored
+from train import METHODS, Recipe, build_objective, fine_tune_and_evaluate, pretrain
 
 RANDOM = "random weights"
 TITLES = {"upreid": "UP-ReID", "personvit": "PersonViT"}

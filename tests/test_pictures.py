@@ -10,12 +10,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import ROOT, write_image
 from PIL import Image
 
 import evaluate
-from data import Record, load_dataset
+from data import Record
 from evaluate import ReIDModel, build_backbone
 from extra import photos as own_photos
 from extra import pictures
