@@ -326,8 +326,8 @@ class Batches(torch.utils.data.Dataset):
     sampler: says which images make up the batches of an epoch, by .shuffle(epoch); a batch is of
     all processes, of which the rank-th of `world` takes the rank-th part. transform: samples the
     params of one image, by .draw(rng). draw_more(generator): what else a method wants sampled for
-    an image, as PersonViT's recipe its masks: (2, ...) become (2, B, ...). Raises InputError if the
-    processes cannot share a batch evenly.
+    an image, as PersonViT's recipe "masks": (2, rows, columns) of an image become (2, B, rows,
+    columns). Raises InputError if the processes cannot share a batch evenly.
     """
 
     def __init__(self, records: Sequence[Record], sampler, transform, seed: int = 0,
@@ -422,9 +422,9 @@ class PKSampler:
 
     An epoch cuts each identity's shuffled images into groups of K (a short group is filled up with
     images of the same identity; an identity with fewer than K repeats them), and every group is
-    used once: **every image is seen in every epoch**. An epoch has as many batches as the largest
-    identity has groups, or as all groups fill, whichever is more; places left over go to identities
-    sampled at random. Raises InputError for fewer than P identities.
+    used once: **every image is seen in every epoch**. An epoch has all groups / P batches, but at
+    least as many as the largest identity has groups; places left over go to identities sampled at
+    random. Raises InputError for fewer than P identities.
 
     Differs from TransReID's sampler, which drops an identity's images that fill no group, and the
     last identities of an epoch.
@@ -704,8 +704,9 @@ class FineTuneTransform:
                         to 1/0.3 (timm's defaults [from memory])
 
     noise=True: the rectangle has up to a third of the image, and __call__ is to be given the normal
-    noise that fills it, pixel by pixel [PersonViT code]. noise=False: up to 40 %, filled with the
-    mean colour, which is 0 after normalisation [BoT].
+    noise that fills it, pixel by pixel [PersonViT code]. noise=False: up to 40 %, filled with 0,
+    the mean colour after normalisation; after [BoT], whose code fills in the mean as it is before
+    normalisation [secondary].
     """
 
     def __init__(self, size: Size, mean, std, noise: bool = True):
@@ -829,8 +830,8 @@ class ContrastViews:
 
     "first", "second" (B, 3, H, W): the image, augmented twice. "original": the image as it is, if
     wanted. "stripes1", "stripes2" (B, M, 3, H / M, W), for M > 0: its M horizontal stripes, each
-    augmented twice like an image of its own. They are cut before the augmentation: stripe m of two
-    different crops might show a head and a knee [ours U3].
+    augmented twice like an image of its own. They are cut before the augmentation, as stripe m of
+    one crop might else show a head and of another one a knee [ours U3].
 
     Augmentation as LUPerson's ori-cj+sre [LUP]: random resized crop of 20 % to all of the area,
     width / height 3/4 to 4/3, greyscale 0.2, blur 0.5 with sigma U(0.1, 2), flip 0.5, normalisation

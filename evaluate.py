@@ -5,14 +5,14 @@ For each query q:
     rank the gallery by distance to q            nearest first, at rank 1
     drop images of q's person from q's camera    finding the next video frame again proves nothing
     CMC@k = share of queries with a correct match among the first k       (rank-1 is CMC@1)
-    AP    = mean over q's correct matches, of the precision at their ranks     ("step")
-            Market-1501's own code: of the mean of that and the precision one rank earlier
-            ("market"; the area below the curve by trapezoids, never higher)
+    AP    = mean, over q's correct matches, of the precision at their ranks       ("step"); or
+            of (precision at the rank + precision one rank earlier) / 2           ("market", as
+            in Market-1501's own code: the area below the curve by trapezoids; never higher)
     mAP   = mean of AP over queries
     INP   = correct matches / rank of the last one; mINP = its mean over queries
 
 A query that has no correct match left does not count; every result says how many do ("valid a/b").
-Usual evaluation is kind to a model in three ways, which are closed here:
+Usual evaluation flatters a model in three ways; here instead:
 
     1  ties count against the query: else a collapsed network, all features equal, gets what the
        order of the gallery gives it, up to 100 %
@@ -303,8 +303,12 @@ class ReIDModel(nn.Module):
 
 def resize_positions(file: dict, backbone: nn.Module) -> tuple[dict[str, Tensor], str]:
     """Tensors of a file's backbone, position embeddings resized to the backbone's grid if it has
-    another, and a text that says so. file: what `formats.read_weights` returns, a dictionary: base,
-    neck (tensors), recipe, grid, kind, dropped."""
+    another, and a text that says so.
+
+    file: what `formats.read_weights` returns, here and below. Its keys: base, tensors of the
+    backbone; neck, of BNNeck and classifier; recipe; grid, rows and columns of a ViT's patches;
+    kind, what the file is; dropped, names of tensors that are not used.
+    """
     there = file["grid"]
     here = getattr(backbone, "grid", None)
     if not there or not here or there == here:
@@ -319,13 +323,13 @@ def fill(model: nn.Module, state: dict[str, Tensor], path: str | Path, file: dic
          problem: str) -> str:
     """Load a file's tensors and say so; or raise InputError, and leave the model as it was.
 
-    problem: how the error begins, as "not all of" resnet50.
+    problem: how the error begins, as "not all of resnet50".
     """
     differ = differences(model, state)
     here = shapes(model.state_dict())
     if differ:
-        raise InputError(f"{path}: {problem} {file['recipe']['arch']}; nothing was loaded: "
-                         f"{len(differ)} of {len(here)} tensors differ, first {differ[0]}")
+        raise InputError(f"{path}: {problem}; nothing was loaded: {len(differ)} of {len(here)} "
+                         f"tensors differ, first {differ[0]}")
     model.load_state_dict({name: state[name] for name in here}, strict=False)
     dropped = [name for name in file["neck"] if name not in state]
     dropped += file["dropped"]
@@ -358,7 +362,7 @@ def load_weights(path: str | Path, backbone: nn.Module) -> str:
     from extra import formats
     file = formats.read_weights(path)
     state, resized = resize_positions(file, backbone)
-    return fill(backbone, state, path, file, "another --arch,") + resized
+    return fill(backbone, state, path, file, f"another --arch, {file['recipe']['arch']}") + resized
 
 
 def load_model(path: str | Path, /, **given) -> tuple[nn.Module, dict]:
@@ -384,7 +388,7 @@ def load_model(path: str | Path, /, **given) -> tuple[nn.Module, dict]:
         model.classifier = nn.Identity()  # of training identities: ranking needs none
         state = {f"base.{name}": tensor for name, tensor in state.items()}
         state |= {name: neck[name] for name in neck if name != "classifier.weight"}
-    print(fill(model, state, path, file, "not all of") + resized)
+    print(fill(model, state, path, file, f"not all of {recipe['arch']}") + resized)
     print(f"{recipe['arch']} {formats.usage(file)}")
     return model.eval(), recipe
 
@@ -436,8 +440,8 @@ def extract(model: nn.Module, records: list[Record], size: tuple[int, int], mean
     model.eval()
     batches = math.ceil(len(records) / batch_size)
     done = []
-    images = ImageBatches(records, size, batch_size)
-    loader = make_loader(images, range(rank, batches, world), workers)
+    dataset = ImageBatches(records, size, batch_size)
+    loader = make_loader(dataset, range(rank, batches, world), workers)
     for images, numbers in loader:
         x = normalize(images.to(device, non_blocking=True), mean, std)       # (B, 3, H, W)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):

@@ -13,7 +13,7 @@ input (iBOT). The teacher is a moving average of the student. No labels are used
     t        teacher's logits over K prototypes           (G, B, K) of [CLS], (M, K) of patches
     s        student's logits, of all V = G + L views     (V, B, K) of [CLS], (M, K) of patches
     p      = softmax((t - c) / T_t), the target distribution; the centre c is a moving average of
-             t, one for [CLS] and one for patches [DINO]
+             the teacher's logits, one of [CLS] [DINO] and one of all patches, masked or not [iBOT]
     CE     = -sum over K of p log softmax(s / T_s), the cross-entropy of target and prediction
     L_cls    CE of [CLS], across different views                                 [PersonViT Eq. 4]
     L_patch  CE of masked patches, in the same view                              [PersonViT Eq. 7]
@@ -169,7 +169,8 @@ def resize_pos_embed(pos_embed: Tensor, source_grid: tuple[int, int], target_gri
     """Carry position embeddings to another patch grid: (1, 1 + h w, D) -> (1, 1 + h' w', D).
 
     Grids are (rows, columns). The [CLS] position is kept; equal grids return the input itself.
-    Raises RuntimeError when tokens do not fill source_grid. Source: TransReID's rule (bilinear).
+    mode: bilinear when a file is loaded [TransReID], bicubic in forward. Raises RuntimeError when
+    tokens do not fill source_grid.
 
     >>> resize_pos_embed(torch.randn(1, 197, 8), (14, 14), (16, 8)).shape      # ImageNet -> people
     torch.Size([1, 129, 8])
@@ -218,8 +219,8 @@ VITS = {"vit_mini": vit_mini, "vit_tiny": vit_tiny, "vit_small": vit_small, "vit
 
 
 class ProjectionHead(nn.Module):
-    """Three-layer MLP, unit sphere, prototypes [DINO]. forward ends at the unit sphere; the
-    prototypes, `last_layer` of [CLS] and `last_layer2` of patches, follow where logits are needed.
+    """Three-layer MLP, unit sphere, prototypes [DINO]. forward gives unit vectors; `last_layer`
+    ([CLS]) or `last_layer2` (patches) makes logits of them, where they are needed.
 
     The notes on the paper name two, MLP1 for [CLS] (Eq. 4) and MLP2 for patches (Eq. 6). Here, as
     in iBOT, both use one MLP. shared: they use the same prototypes too, so patches are sorted into
@@ -239,7 +240,7 @@ class ProjectionHead(nn.Module):
             self.last_layer2 = Prototypes(bottleneck, num_prototypes, norm_last_layer)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(..., D) -> unit vectors (..., bottleneck); prototypes are applied where needed only."""
+        """(..., D) -> unit vectors (..., bottleneck)."""
         return F.normalize(self.mlp(tokens).float(), dim=-1)
 
 
@@ -295,7 +296,8 @@ def patch_loss(p: Tensor, log_s: Tensor, masks: Tensor, indices: Tensor) -> Tens
 
     The M rows are all masked patches of the batch, of the same view in both networks; indices say
     where they are among the G B N patches. Mean over the masked patches of a view, then over views:
-    each view counts alike, and one without masked patches counts 0 and not NaN.
+    each view counts alike, and one without masked patches counts 0 and not NaN. As that is every
+    second view, this loss is about half the cross-entropy of a masked patch.
     """
     G, B, rows, columns = masks.shape
     cross_entropy = -(p * log_s).sum(-1)                                     # (M,)
@@ -355,8 +357,8 @@ class PersonViT(nn.Module):
         t_cls, t_patch, features = self.teacher_forward(views["globals"], indices)
         s_cls, s_patch = self.student_forward(views, masks, indices)  # (V, B, K), (M, K)
         with torch.autocast(device.type, enabled=False):  # not in bfloat16, as in `Prototypes`
-            # subtracting the centre works against one prototype taking all images, the low
-            # temperature against uniform targets: the collapse that the other alone causes [DINO]
+            # against collapse: subtracting the centre alone would lead to uniform targets, a low
+            # temperature alone to one prototype for all images [DINO]
             p_cls = ((t_cls - self.center) / teacher_temp).softmax(-1)           # (G, B, K)
             p_patch = ((t_patch - self.patch_center) / patch_temp).softmax(-1)   # (M, K)
             log_cls = (s_cls / self.recipe.student_temp).log_softmax(-1)         # (V, B, K)
@@ -451,7 +453,8 @@ class PersonViT(nn.Module):
 
     @torch.no_grad()
     def update_teacher(self, momentum: float, **_) -> None:
-        """Once per optimiser step: teacher = m teacher + (1 - m) student, and the centres likewise.
+        """Once per optimiser step: teacher = m teacher + (1 - m) student. The centres move, too, by
+        a momentum of their own.
 
         They move by the mean over all forwards since the last call and over all processes, here and
         not in forward, so that a step split into several forwards moves them once.
@@ -575,7 +578,7 @@ class PersonViTRecipe:
     batch: int = 512                    # images per step, of all processes [DINO for ReID]
     lr: float = 5e-4                    # peak learning rate, times batch / 256 [iBOT]
     min_lr: float = 1e-6                # learning rate at the end [iBOT]
-    warmup: int = 10                    # epochs up to lr; a shorter run ends before lr [iBOT]
+    warmup: int = 10                    # epochs up to lr; shorter runs do not reach it [iBOT]
     weight_decay: float = 0.04          # on matrices, at the start [iBOT]
     weight_decay_end: float = 0.4       # ... and at the end of a cosine [iBOT]
     momentum: float = 0.996             # of the teacher, cosine to 1 [iBOT]
@@ -603,15 +606,14 @@ class PersonViTRecipe:
     VIT_BASE: ClassVar = dict(lr=7.5e-4, min_lr=2e-6, clip=0.3, freeze_last_layer=3,
                               norm_last_layer=True)
     # small images and networks on a CPU. With so few images targets got uniform unless the
-    # teacher's temperature stayed low; four times this learning rate did not improve fine-tuning,
-    # and 8 epochs improved it much less (docs/results.md) [ours]
+    # teacher's temperature stayed low (docs/results.md) [ours]
     LAPTOP: ClassVar = dict(size=(128, 64), epochs=64, batch=32, lr=2e-3, warmup=2,
                             weight_decay_end=0.1, momentum=0.98, prototypes=1024, hidden=512,
                             bottleneck=128, norm_last_layer=True, teacher_temp=0.02,
                             teacher_temp_end=0.02, local_crops=4, local_scale=(0.1, 0.6))
     # thousands of images, one machine: with a rising teacher temperature targets got uniform
-    # (docs/results.md); with this learning rate, before batch / 256, and momentum a user's DINO
-    # began to learn (facebookresearch/dino, issue 246 [secondary]) [ours]
+    # (docs/results.md). With this lr and momentum a user's DINO began to learn (issue 246 of
+    # facebookresearch/dino [secondary]) [ours]
     ONE_GPU: ClassVar = dict(epochs=200, batch=128, lr=1e-3, momentum=0.99, prototypes=1024,
                              norm_last_layer=True, teacher_temp_end=0.04, local_crops=6)
 

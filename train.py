@@ -5,8 +5,8 @@
 
         L = cross-entropy(classifier(BN(f)), identity) + triplet(f)           weights 1 : 1
 
-The identity loss knows only training identities; the triplet loss shapes distances, which is what
-ranks new people. Three steps equal the reference code's, up to rounding
+The identity loss tells training identities apart; the triplet loss shapes distances, by which new
+people are ranked. Three steps equal the reference code's, up to rounding
 (tests/golden/finetune_3steps).
 
 A run lives in its folder under runs/: recipe.json, log.jsonl, checkpoint_<step>.pth, and at the end
@@ -15,11 +15,16 @@ share each batch, and the first alone writes. The loops read numbers from the de
 line of the log, a checkpoint or a look at the mAP is due. What surrounds them is in extra/runs.py
 and can be skipped:
 
+    run.begin             takes the folder for this process, and writes recipe.json
     run.restore           model and optimiser from the folder's checkpoint -> steps done
     run.log, .save ...    one line of the log; a file, written whole or not at all
     run.stop              ends the process, as Ctrl-C or SIGTERM asked (then `stop` is not empty)
+    any_process           has one of several processes been asked to stop?
     meter.timed           the batches of a loader, while a clock measures how long it is waited for
     meter.add, .read      keeps scalars on the device; their means since the last line of the log
+    meter.reset           forgets them, so that an evaluation does not count as time of training
+    compile_networks      torch.compile of the networks, `compiled` of a function; on a CPU nothing
+    distributed           DistributedDataParallel around a model, if there are several processes
     usable_bfloat16       False where bfloat16 is not wanted, or a test shows this CPU's is wrong
 
 Read `triplet_loss`, then `pretrain`, then `fine_tune`.
@@ -86,8 +91,9 @@ class Recipe:
     BAG_OF_TRICKS: ClassVar = dict(optimizer="adam", lr=3.5e-4, bias_lr=1.0, weight_decay=5e-4,
                                    schedule="steps", warmup=10, smoothing=0.1, margin=0.3,
                                    erase="mean", norm="imagenet", neck_feat="after")
-    # Small nets from random weights on a CPU in minutes. With a margin of 0.3 a ViT's features stay
-    # nearly parallel (cosines above 0.999); the BNNeck subtracts their mean, hence "after". [ours]
+    # Small nets from random weights on a CPU in minutes. With a margin of 0.3 vit_mini's features
+    # stayed nearly parallel (cosines above 0.999); the BNNeck subtracts their mean, hence "after".
+    # [ours]
     LAPTOP: ClassVar = dict(size=(128, 64), epochs=24, optimizer="adamw", lr=1e-3, bias_lr=1.0,
                             weight_decay=0.05, schedule="cosine", warmup=3, smoothing=0.1,
                             margin=0.3, neck_feat="after")
@@ -113,9 +119,9 @@ NORMS = {"half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # mean, std
 def hardest_pairs(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Euclidean distance of each anchor to its farthest positive and nearest negative: (B,), (B,).
 
-    features (B, D), not normalised (unit vectors are at most 2 apart, so that the soft margin could
-    not fall below log(1 + e^-2) = 0.127); labels (B,). The anchor counts among its positives, at
-    distance 0, so that a lone image is no special case; where all labels are equal, which
+    features (B, D), not normalised; labels (B,). Unit vectors would be at most 2 apart, so that the
+    soft margin could not fall below log(1 + e^-2) = 0.127. The anchor counts among its positives,
+    at distance 0, so that a lone image is no special case; where all labels are equal, which
     `PKSampler` excludes, the nearest negative is infinitely far away.
     """
     x = features.float()
@@ -130,9 +136,8 @@ def hardest_pairs(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def triplet_loss(features: Tensor, labels: Tensor, margin: float | None = None) -> Tensor:
     """Batch-hard triplet loss (Hermans et al. 2017) of features (B, D), labels (B,): a scalar.
 
-    margin=None: soft margin, mean log(1 + exp(d_ap - d_an)); 0.693 = log 2 means that positives are
-    as far away as negatives, as they are in a collapsed network. Else mean max(0, d_ap - d_an +
-    margin).
+    margin=None: soft margin, mean log(1 + exp(d_ap - d_an)); it is 0.693 = log 2 where positives
+    are as far away as negatives, as in a collapsed network. Else mean max(0, d_ap - d_an + margin).
     """
     d_ap, d_an = hardest_pairs(features, labels)
     if margin is None:
@@ -287,7 +292,7 @@ def pretrain(recipe, dataset, run: Run, runtime: Runtime, weights: str | None = 
     meter = Meter(objective, dataset.train, run, runtime)
     steps_per_epoch = len(sampler)
     last = recipe.epochs * steps_per_epoch
-    n = runtime.accumulate  # micro-batches of a step
+    parts = runtime.accumulate  # micro-batches of a step
     with run.begin(), runs.stop_requests() as stop:  # from here on the folder is this run's
         done = run.restore(model=objective, optimizer=optimizer)  # steps; 0 without a checkpoint
         bf16 = runs.usable_bfloat16(recipe.bf16, objective, batches, run)
@@ -305,18 +310,18 @@ def pretrain(recipe, dataset, run: Run, runtime: Runtime, weights: str | None = 
                 batch = next(loader)
                 images = batch["images"].to(device, non_blocking=True)  # (B, 3, H, W) uint8
                 params = batch["params"].to(device, non_blocking=True)  # (B, views, numbers)
-                # for stochastic depth; a hash of numbers is the same everywhere
+                # for stochastic depth. Python salts no hash of numbers
                 torch.manual_seed(hash((recipe.seed, step, runtime.rank)))
-                for i in range(n):                        # their gradients add up
+                for i in range(parts):                    # their gradients add up
                     # name -> (..., 3, h, w) float32, normalised: "globals", "locals"; "first" ...
-                    views = make_views(images.chunk(n)[i], params.chunk(n)[i])
+                    views = make_views(images.chunk(parts)[i], params.chunk(parts)[i])
                     if "masks" in batch:                  # they stay on the CPU, see `forward`
-                        views["masks"] = batch["masks"].chunk(n, dim=1)[i]
+                        views["masks"] = batch["masks"].chunk(parts, dim=1)[i]
                     # processes exchange gradients once a step
-                    ddp.require_backward_grad_sync = (i + 1 == n)
+                    ddp.require_backward_grad_sync = (i + 1 == parts)
                     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                        losses = ddp(views, **settings)
-                    (losses["total"] / n).backward()
+                        losses = ddp(views, **settings)   # takes what it needs
+                    (losses["total"] / parts).backward()
                     meter.add(losses)
                 grad_norm = objective.clip_gradients(epoch)
                 meter.add({"grad_norm": grad_norm})
@@ -349,8 +354,8 @@ def exported(objective: nn.Module, epoch: int, transform, recipe) -> dict:
 
 def between_epochs(objective, epoch: int, transform, recipe, monitor, run: Run,
                    runtime: Runtime) -> None:
-    """Keep the backbone apart, and log the mAP of its frozen features (losses say little of what is
-    learnt), where one or the other is due after `epoch` epochs."""
+    """Save a copy of the backbone, and log the mAP of its frozen features (losses say little of
+    what is learnt), where one or the other is due after `epoch` epochs."""
     content = exported(objective, epoch, transform, recipe)
     if runtime.keep_every and epoch and epoch % runtime.keep_every == 0:
         run.save(f"backbone_e{epoch:04d}.pth", content)
@@ -440,7 +445,7 @@ def fine_tune(recipe: Recipe, dataset, run: Run, runtime: Runtime, weights: str 
                 if recipe.erase == "noise":
                     noise = erasing_noise(images, recipe.seed, step, runtime.rank, runtime.world)
                 x = augment(images, params, noise)                      # (B, 3, H, W) float32
-                # for stochastic depth; a hash of numbers is the same everywhere
+                # for stochastic depth. Python salts no hash of numbers
                 torch.manual_seed(hash((recipe.seed, step, runtime.rank)))
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     losses = ddp(x, pids)

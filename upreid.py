@@ -17,6 +17,7 @@ MoCo v2, whose code is public [LUP].
     queue      keys of past batches, at first random vectors         (K, d)
     a, b       = f, g of M stripes of x, augmented twice; own head   (B, M, d)
     D, d       width of the ResNet's feature, and of its projection (128)
+    n, G       images of all processes (n = B for one), groups of their batch norms
     L_con      q must pick out k among k and the queue               info_nce             [ours U1]
     L_glob     q and o should find the same keys similar             global_consistency   [ours U2]
     L_loc      find stripe m among the stripes of x                  intrinsic_contrast   [ours U3]
@@ -24,7 +25,7 @@ MoCo v2, whose code is public [LUP].
 
 f's backbone is exported. What differs from the ResNet of an ImageNet course: the last stage may
 keep its resolution (`last_stride=1`); a batch norm may compute its statistics for groups of the
-batch (`GroupedBatchNorm`); deep networks start with blocks that add nothing; and there is no
+batch (`GroupedBatchNorm`); a ResNet-50's residual branches start at zero; and there is no
 classifier, as identities belong to fine-tuning. Parameter names are torchvision's, so that public
 ResNet-50 files load. The same objective, view by view, is `plain_forward` in tests/test_upreid.py.
 
@@ -278,8 +279,9 @@ class UPReID(nn.Module):
     @torch.no_grad()
     def encode_keys(self, views: dict[str, Tensor]) -> Tensor:
         """k of the second views and, unless U2 is off, o of the originals: (n, 1 or 2, d), of the n
-        images of all processes, in one forward. No gradient: g follows f slowly, so that old keys
-        in the queue stay comparable.
+        images of all processes, in one forward. g has no gradient: it follows f, slowly, so that
+        old keys in the queue stay comparable. (In one process n = B, and `all_gather` and `shard`
+        return what they are given.)
 
         If batch norm took statistics over the same images for q and for k, the network could
         recognise the batch instead of the person: the positive is of this batch, the negatives in
