@@ -359,7 +359,7 @@ def first_views(dataset, recipe, transform) -> dict[str, Tensor]:
 
 def draw_sheet(file: str | Path, dataset, recipe, transform) -> None:
     """Four images of step 0 and their views, a row each, below the names that the code gives them:
-    masked patches are shaded, local views in proportion, stripes below one another. Fine-tuning: a
+    masked patches are black, local views in proportion, stripes below one another. Fine-tuning: a
     row for each identity."""
     rows = getattr(recipe, "ids", 4)
     columns = []                                                             # name, (B, 3, h, w)
@@ -371,8 +371,8 @@ def draw_sheet(file: str | Path, dataset, recipe, transform) -> None:
             view = F.pad(view, (0, 0, 0, 4), value=9.0)                      # (B, M, 3, h + 4, w)
             view = view.transpose(1, 2).flatten(2, 3)
         if name == "globals":
-            light = 1 - 0.8 * F.interpolate(views["masks"].float(), recipe.size)
-            view = view * light[:, :, None]                                  # (2, B, 3, H, W)
+            masks = F.interpolate(views["masks"].float(), recipe.size)       # (2, B, H, W)
+            view = view.masked_fill(masks[:, :, None] > 0, -9.0)             # (2, B, 3, H, W)
         if view.ndim == 5:
             columns += [(name, part) for part in view]
         elif name != "masks":
