@@ -438,10 +438,12 @@ class PKSampler:
         self.members = {}  # identity -> indices of its images
         for index, pid in enumerate(pids):
             self.members.setdefault(int(pid), []).append(index)
-        least = max(num_ids, 2)  # a triplet needs another person
-        if len(self.members) < least or num_ids < 2 or num_images < 1:
-            raise InputError(f"a batch needs {least} identities and one image of each, the "
-                             f"training set has {len(self.members)}; see --ids, --labelled")
+        if num_ids < 2 or num_images < 1:
+            raise InputError(f"--ids {num_ids} --images {num_images}: the triplet loss needs two "
+                             f"identities, and an image of each")
+        if len(self.members) < num_ids:
+            raise InputError(f"a batch needs {num_ids} identities, the training set has "
+                             f"{len(self.members)}; see --ids, --labelled, --held-out")
         counts = [math.ceil(len(images) / num_images) for images in self.members.values()]
         enough = math.ceil(sum(counts) / num_ids)
         self.length = max(enough, max(counts))

@@ -640,7 +640,7 @@ class PersonViTRecipe:
                              f"crops, half as large, need {least} pixels at least")
         if self.batch % forwards or self.batch < 2 * forwards:
             raise ValueError(f"--batch {self.batch} cannot be shared evenly, two images at least "
-                             f"each, by {forwards} processes x --accum micro-batches")
+                             f"each, by {forwards} (processes x --accum micro-batches)")
         backbone = VITS[self.arch](self.size, drop_path=self.drop_path)
         return PersonViT(backbone, self)
 

@@ -125,8 +125,8 @@ def hardest_pairs(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     `PKSampler` excludes, the nearest negative is infinitely far away.
     """
     x = features.float()
-    exact = "donot_use_mm_for_euclid_dist"  # |x|^2 - 2xy + |y|^2 would cancel
-    distance = torch.cdist(x, x, compute_mode=exact)                         # (B, B)
+    # (B, B); by matrix products, |x|^2 - 2xy + |y|^2 would cancel
+    distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
     same = labels[:, None] == labels[None, :]                                # (B, B)
     d_ap = distance.masked_fill(~same, -torch.inf).amax(1)
     d_an = distance.masked_fill(same, torch.inf).amin(1)
@@ -486,8 +486,7 @@ def fine_tune_and_evaluate(recipe: Recipe, dataset, out, overwrite: bool, weight
     if any(record.pid < 0 for record in dataset.train):
         raise InputError(f"{dataset.root} has images without identity; fine-tuning needs names "
                          f"like 0002_c1 or a folder for each person; else they serve --pretrain")
-    labelled = some_identities(dataset.train, recipe.labelled, recipe.seed)
-    dataset = replace(dataset, train=labelled)
+    dataset = replace(dataset, train=some_identities(dataset.train, recipe.labelled, recipe.seed))
     run = runs.open_run(out, recipe, dataset, overwrite, runtime, weights=weights)
     results = run.results()
     if results and not overwrite:
@@ -504,12 +503,11 @@ def fine_tune_and_evaluate(recipe: Recipe, dataset, out, overwrite: bool, weight
                             bf16=recipe.bf16 and runtime.device != "cpu")
     results = {**result.numbers(), "people": dataset.people,
                "minutes": round(run.seconds / 60, 1)}
-    pairs = None
     if runtime.rank == 0:  # the process that writes; verification takes longer than ranking
         pairs = verification.verify(q, g, dataset.people)
-    if pairs:
-        results["verification"] = asdict(pairs)
-        print(pairs)
+        if pairs:
+            results["verification"] = asdict(pairs)
+            print(pairs)
     run.save_results(results)
     print(f"{dataset.people}: {result}")
     return results
@@ -594,6 +592,8 @@ def main(argv: list[str] | None = None) -> None:
     if monitor and not (monitor.query and monitor.gallery):
         raise InputError(f"--monitor {args.monitor}: it has no queries, or no gallery")
     if args.sheet:
+        if args.pretrain:
+            build_objective(recipe, runtime)  # refuses what cannot be trained
         pictures.draw_sheet(args.sheet, dataset, recipe, views_of(recipe))
         return
     if args.pretrain:

@@ -494,8 +494,8 @@ class UPReIDRecipe:
             raise ValueError(f"--hardest {self.hardest}: an image has {self.stripes - 1} other "
                              f"stripes")
         if self.groups < 1 or self.groups % forwards:
-            raise ValueError(f"--groups {self.groups} must be a multiple of {forwards}, "
-                             f"processes x --accum micro-batches")
+            raise ValueError(f"--groups {self.groups} must be a multiple of {forwards} "
+                             f"(processes x --accum micro-batches)")
         if world_size() == 1 and self.groups == forwards:  # a micro-batch is one group
             print(f"WARNING: with --groups {self.groups} in as many micro-batches queries and keys "
                   f"share batch statistics: the network may recognise the batch, not people")

@@ -443,9 +443,8 @@ def ranking(device: str, quick: bool) -> None:
 def check_all(names: list[str], device: str) -> None:
     """Exit with status 1 where something is wrong."""
     compiles = bool(runs.choose_backend(None, device))
-    print(f"largest relative differences from float32 on the CPU; torch {torch.__version__}")
-    if device == "cpu":
-        print("no GPU here: the CPU's own precisions alone")
+    print(f"largest relative differences of {device} from float32 on the CPU; torch "
+          f"{torch.__version__}")
     wrong = [name for name in names if not check(name, device, compiles)]
     sys.exit(f"WRONG: {', '.join(wrong)}" if wrong else print("right"))
 

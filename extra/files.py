@@ -122,7 +122,10 @@ def write_atomic(file: Path, write) -> None:
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         with contextlib.suppress(OSError):
             partial.unlink()
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        cause = error.__context__ or error
+        if hint(cause):  # a worker was killed meanwhile
+            raise cause
+        reason = str(error).partition("\n")[0]
         raise InputError(f"{file}: cannot be written ({reason}); is the disk full?") from None
 
 

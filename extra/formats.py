@@ -422,6 +422,7 @@ def interpret(path: str, content, given: dict) -> dict:
     recipe["mean"], recipe["std"], origins["norm"] = statistics
     arch = arch_of(base)
     if content.get("format") == "reid-checkpoint":
+        kind = KINDS["reid-checkpoint"]
         arch += " in training (evaluate the model.pth or backbone.pth beside it)"
     if unlike:
         parts = names_of_parts(unlike)

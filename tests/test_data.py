@@ -408,12 +408,12 @@ def test_pk_batches_differ_by_seed():
 
 
 def test_pk_sampler_refuses():
-    with pytest.raises(InputError, match="needs 16 identities and one image of each, the training set has 3"):
+    with pytest.raises(InputError, match="a batch needs 16 identities, the training set has 3; see --ids, --labelled, --held-out"):
         PKSampler([0, 0, 1, 2], 16, 4)
-    with pytest.raises(InputError, match="needs 2 identities .*, the training set has 1"):
-        PKSampler([4, 4, 4], 1, 4)
+    with pytest.raises(InputError, match="needs 2 identities, the training set has 1"):
+        PKSampler([4, 4, 4], 2, 4)
     for ids, images in ((1, 4), (0, 4), (2, 0)):                 # no other person in a batch, no triplet
-        with pytest.raises(InputError, match="a batch needs 2 identities"):
+        with pytest.raises(InputError, match=f"--ids {ids} --images {images}: the triplet loss needs two identities"):
             PKSampler([4, 4, 5], ids, images)
     with pytest.raises(InputError, match="the training set has 0"):
         PKSampler([], 2, 4)

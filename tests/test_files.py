@@ -339,11 +339,30 @@ def test_a_file_is_the_old_one_or_the_new_one(tmp_path):
         handle.write(b"ne")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(InputError, match="a.txt: cannot be written .No space left on device.; is the disk full"):
+    with pytest.raises(InputError, match=r"a.txt: cannot be written \(\[Errno 28\] No space left on device\); is the disk full"):
         files.write_atomic(file, half)
     assert file.read_bytes() == b"old" and list(tmp_path.iterdir()) == [file]
     files.write_atomic(file, lambda handle: handle.write(b"new"))
     assert file.read_bytes() == b"new" and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_worker_that_dies_while_a_file_is_written_is_no_full_disk(tmp_path):
+    """PyTorch tells of it by an error in the middle of whatever the main process does, which may then fail in its own way."""
+    death = "DataLoader worker (pid 7) is killed by signal: Killed. "
+
+    def told(handle):
+        raise RuntimeError(death)
+
+    def told_and_failed(handle):
+        try:
+            raise RuntimeError(death)
+        finally:
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+    for write in (told, told_and_failed):
+        with pytest.raises(SystemExit, match="error: a worker was killed, for want of memory. fewer --workers"):
+            files.command_line(lambda: files.write_atomic(tmp_path / "a.txt", write))
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_error_from_a_worker_is_its_message_alone():

@@ -129,6 +129,8 @@ FORMATS = {  # name: (kind of backbone, file made of its state, what is said of 
     "ours, PersonViT training": ("vit", lambda s: {"format": "reid-checkpoint", "step": 3, "bad": [], "model": {
         **prefixed("student.backbone.", vit(9)), **prefixed("teacher.backbone.", s), "center": torch.zeros(3)}},
         "training state of this project"),
+    "ours, ViT in training": ("vit", lambda s: {"format": "reid-checkpoint", "step": 3, "model": {
+        k: v for k, v in transreid(s).items() if ".fc." not in k}}, "training state of this project"),
     "ours, UP-ReID training": ("resnet", lambda s: {"format": "reid-checkpoint", "step": 3, "model": {
         **prefixed("online.backbone.", s), **prefixed("momentum.backbone.", resnet(9)), "queue": torch.zeros(3, 4)}},
         "training state of this project"),

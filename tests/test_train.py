@@ -831,10 +831,10 @@ def test_trainings_that_cannot_be(dataset, tmp_path):
     for recipe, more, message in (
             (dataclasses.replace(SMALL, batch=64), {}, "a batch of 64 needs that many images, the set has 16"),
             (dataclasses.replace(SMALL, size=(32, 16)), {}, "--size 32x16 is too small"),
-            (SMALL, {"accumulate": 3}, "--batch 4 cannot be shared evenly, two images at least each, by 3 processes"),
+            (SMALL, {"accumulate": 3}, "--batch 4 cannot be shared evenly, two images at least each, by 3 .processes"),
             (dataclasses.replace(SMALL_UP, groups=3), {}, "--batch 4 cannot be cut into --groups 3"),
             (dataclasses.replace(SMALL_UP, batch=8), {"accumulate": 4}, "--groups 2 must be a multiple of 4"),
-            (dataclasses.replace(TINY, ids=9), {}, "needs 9 identities and one image of each, the training set has 4"),
+            (dataclasses.replace(TINY, ids=9), {}, "needs 9 identities, the training set has 4"),
             (dataclasses.replace(TINY, size=(8, 8)), {}, "--size 8x8: a ViT's patches are of 16 x 16 pixels")):
         with pytest.raises(InputError, match=message):
             trained(recipe, dataset, tmp_path / "run", **more)
@@ -1315,6 +1315,15 @@ def test_weights_that_have_seen_the_held_out_people_are_refused_or_marked(market
 # ---- command line ----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("flags, message", [("upreid --stripes 7", "the height cannot be cut into --stripes 7"),
+                                            ("upreid --hardest 9", "--hardest 9"), ("personvit --size 8x8", "--size 8x8 is too small"),
+                                            ("personvit --batch 1", "--batch 1 cannot be shared")])
+def test_no_sheet_of_what_cannot_be_trained(market, tmp_path, flags, message):
+    with pytest.raises(InputError, match=message):
+        train.main([*f"--pretrain {flags} --dataset {market} --device cpu --workers 0".split(), "--sheet", str(tmp_path / "s.png")])
+    assert not (tmp_path / "s.png").exists()
+
+
 @pytest.mark.parametrize("flags", [["--arch", "vit_mini", "--ids", "3", "--images", "2", "--labelled", "0.75"],
                                    ["--arch", "vit_mini", "--ids", "3", "--images", "2", "--erase", "mean"],
                                    ["--pretrain", "personvit", "--arch", "vit_mini", "--batch", "6", "--local-crops", "3"],
@@ -1365,7 +1374,7 @@ def test_mistakes_get_one_line(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     market = ["--dataset", "market1501", "--data-root", tmp_path]
     for args, words in [(["--dataset", "msmt"], "did you mean msmt17"),
-                        (market, "needs 16 identities and one image of each, the training set has 4"),
+                        (market, "needs 16 identities, the training set has 4"),
                         ([*market, "--ids", 2, "--weights", tmp_path / "no.pth"], "no.pth"),
                         ([*market, "--ids", 2, "--size", "8x8"], "--size 8x8"),
                         ([*market, "--ids", 2, "--out", tmp_path / "file" / "run"], "file"),
