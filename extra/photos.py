@@ -45,8 +45,8 @@ def readable(folder: str, skip_bad: bool) -> list[str]:
         except InputError as error:
             bad[path] = str(error)
     if len(bad) == len(paths) or bad and not skip_bad:
-        raise InputError(f"{folder}: holds {len(paths) or 'no'} images, {len(bad)} of which cannot "
-                         f"be read; --skip-bad leaves them out, if others can: "
+        raise InputError(f"{folder}: holds {len(paths) - len(bad)} images that can be read and "
+                         f"{len(bad)} that cannot, which --skip-bad leaves out if others are left. "
                          f"{'; '.join([*bad.values()][:5])}")
     for error in bad.values():
         print(f"left out: {error}")

@@ -71,7 +71,7 @@ def test_extract_is_deterministic_and_takes_any_mode(weights, photos, tmp_path, 
 def test_broken_photos_are_listed_and_left_out_on_request_only(weights, photos, tmp_path, capsys):
     (photos / "broken.jpg").write_bytes(b"no image")
     (photos / "empty.png").write_bytes(b"")
-    with pytest.raises(InputError, match=r"holds 21 images, 2 of which cannot be read; --skip-bad leaves them out.*broken.jpg"):
+    with pytest.raises(InputError, match=r"holds 19 images that can be read and 2 that cannot, which --skip-bad leaves out.*broken.jpg"):
         run("--extract", photos, "-o", tmp_path / "a.npz", "--weights", weights)
     assert not (tmp_path / "a.npz").exists()
     run("--extract", photos, "-o", tmp_path / "a.npz", "--weights", weights, "--skip-bad")
