@@ -539,8 +539,8 @@ def test_the_temperature_of_the_student_arrives():
 @pytest.mark.parametrize("change, parts, message", [
     ({"size": (32, 16)}, 1, "--size 32x16 is too small"),
     ({"size": (8, 8), "local_crops": 0}, 1, "--size 8x8 is too small"),
-    ({"batch": 4}, 3, "--batch 4 cannot be shared evenly, two images at least each, by 3 processes"),
-    ({"batch": 4}, 4, "--batch 4 cannot be shared evenly, two images at least each, by 4 processes")])
+    ({"batch": 4}, 3, "--batch 4 cannot be shared evenly, two images at least each, by 3 .processes"),
+    ({"batch": 4}, 4, "--batch 4 cannot be shared evenly, two images at least each, by 4 .processes")])
 def test_recipes_that_do_not_fit_together(change, parts, message):
     with pytest.raises(ValueError, match=message):
         PersonViTRecipe(**{"arch": "vit_mini", "size": (64, 32), "prototypes": 9} | change).build(parts)

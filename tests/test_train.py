@@ -768,7 +768,7 @@ def test_the_seed_decides_what_a_training_starts_from(tmp_path, capsys):
     for module, momentum in zip(one, ("teacher", "momentum")):
         assert getattr(module, momentum).training
     assert one[2].classifier.weight.shape[0] == 7 and one[2].neck_feat == TINY.neck_feat
-    with pytest.raises(InputError, match="by 4 processes x --accum micro-batches"):
+    with pytest.raises(InputError, match="by 4 .processes x --accum micro-batches"):
         train.build_objective(SMALL, Runtime(world=2, accumulate=2))
 
 
