@@ -508,6 +508,7 @@ class ShuffleSampler:
         """Indices of the images of an epoch, (batches, batch): a function of the seed and `epoch`.
         """
         order = np.random.default_rng([self.seed, epoch]).permutation(self.n)
+        order = order.astype(np.int32)            # may be millions, in each worker
         return order[:len(self) * self.batch].reshape(-1, self.batch)
 
 
