@@ -310,7 +310,7 @@ def pretrain(recipe, dataset, run: Run, runtime: Runtime, weights: str | None = 
                 batch = next(loader)
                 images = batch["images"].to(device, non_blocking=True)  # (B, 3, H, W) uint8
                 params = batch["params"].to(device, non_blocking=True)  # (B, views, numbers)
-                # for stochastic depth. Python salts no hash of numbers
+                # for stochastic depth; `hash` of numbers is the same in every run
                 torch.manual_seed(hash((recipe.seed, step, runtime.rank)))
                 for i in range(parts):                    # their gradients add up
                     # name -> (..., 3, h, w) float32, normalised: "globals", "locals"; "first" ...
@@ -445,7 +445,7 @@ def fine_tune(recipe: Recipe, dataset, run: Run, runtime: Runtime, weights: str 
                 if recipe.erase == "noise":
                     noise = erasing_noise(images, recipe.seed, step, runtime.rank, runtime.world)
                 x = augment(images, params, noise)                      # (B, 3, H, W) float32
-                # for stochastic depth. Python salts no hash of numbers
+                # for stochastic depth; `hash` of numbers is the same in every run
                 torch.manual_seed(hash((recipe.seed, step, runtime.rank)))
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     losses = ddp(x, pids)
