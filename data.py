@@ -686,7 +686,7 @@ def blur(x: Tensor, sigma: Tensor) -> Tensor:
         pixel = torch.arange(size, device=x.device)
         distance = (pixel[:, None] - pixel).abs()                            # (size, size)
         weight = torch.exp(-0.5 * (pixel / sigma.clamp(min=0.1)) ** 2)       # by distance
-        matrix = weight[:, :, 0, distance]                                   # (n, 1, size, size)
+        matrix = weight[:, :, 0, distance]    # looked up for each pair      # (n, 1, size, size)
         matrices.append(matrix / matrix.sum(3, keepdim=True))
     rows, columns = matrices
     blurred = rows @ x @ columns.mT                                          # (n, 3, h, w)
@@ -862,7 +862,7 @@ class ContrastViews:
         second = self.draw_view(rng, self.size)
         views = [first, second]
         for _ in range(2 * self.stripes):
-            stripe = (H // self.stripes, W)       # here, as there may be none
+            stripe = (H // self.stripes, W)       # in the loop, as M may be 0
             views.append(self.draw_view(rng, stripe))
         return views
 

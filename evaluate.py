@@ -12,7 +12,7 @@ For each query q:
     INP   = correct matches / rank of the last one; mINP = its mean over queries
 
 A query that has no correct match left does not count; every result says how many do ("valid a/b").
-Usual evaluation flatters a model in three ways; here instead:
+Three things that usual evaluation leaves open are settled here:
 
     1  ties count against the query: else a collapsed network, all features equal, gets what the
        order of the gallery gives it, up to 100 %
@@ -141,7 +141,7 @@ def score(rows: Iterator[np.ndarray], query: Labels, gallery: Labels, max_rank: 
             continue
         rank = ranks_of(distances, correct, junk, tie)                       # (M,)
         hits = np.arange(1, len(rank) + 1)        # correct matches up to each
-        precision = hits / rank                   # at each correct match,
+        precision = hits / rank                   # at each correct match, and
         earlier = np.where(rank > 1, (hits - 1) / np.maximum(rank - 1, 1), 1.0)  # a rank earlier
         APs["step"][i] = precision.mean()
         APs["market"][i] = (earlier + precision).mean() / 2

@@ -283,6 +283,7 @@ def cls_loss(p: Tensor, log_s: Tensor) -> Tensor:
     teacher ever better.
     """
     B = p.shape[1]
+    # pairs[g, v] = mean over images of -sum over k of p[g, :, k] log_s[v, :, k]
     pairs = -torch.einsum("gbk,vbk->gv", p, log_s) / B                       # (G, V)
     G, V = pairs.shape
     assert V > 1, "one view alone has no other view to be compared with"
@@ -384,8 +385,8 @@ class PersonViT(nn.Module):
         z = head(tokens)                                                     # (G B, 1 + N, d)
         cls = head.last_layer(z[:, 0])                                       # (G B, K)
         patches = z[:, 1:].flatten(0, 1)                                     # (G B N, d)
-        # the centre of patches is the mean of the logits of ALL patches. Logits are linear in z, so
-        # that it equals the logits of the mean z, which need no memory for unmasked patches
+        # the centre of patches is the mean of the logits of ALL patches. mean(W z) = W mean(z), as
+        # logits are linear in z: so unmasked patches need no memory for logits
         self.new_center += cls.mean(0)                                       # (K,)
         self.new_patch_center += head.last_layer2(patches.mean(0))           # (K,)
         self.forwards += 1
@@ -473,7 +474,7 @@ class PersonViT(nn.Module):
 
     def warning(self, values: dict[str, float]) -> str:
         """What a line of the log warns of, or nothing. COLLAPSE?: every image gets the same target.
-        UNIFORM?: targets are hardly more than noise, and nothing can be learnt from them."""
+        UNIFORM?: targets are hardly more than noise, from which little can be learnt."""
         # with random weights and the recipes' temperatures these are above 0.5 on images of people;
         # the limits are ours
         diversity = [values["mutual_information"], values["feature_std"]]

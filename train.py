@@ -73,7 +73,7 @@ class Recipe:
     bias_lr: float = 2.0                # factor on the learning rate of biases
     weight_decay: float = 1e-4          # on every parameter
     schedule: Literal["cosine", "steps"] = "cosine"  # steps: x 0.1 after 1/3, 7/12 of epochs [BoT]
-    warmup: int = 20                    # epochs of warm-up from 1 %; shorter runs miss the peak
+    warmup: int = 20                    # epochs of warm-up, from 1 % of lr
     smoothing: float = 0.0              # label smoothing of the cross-entropy
     margin: float | None = None         # of the triplet; none: log(1 + exp(d_ap - d_an))
     labelled: float = 1.0               # share of the identities that are trained on [ours]
@@ -172,7 +172,7 @@ class FineTuning(nn.Module):
                 "accuracy": accuracy}
 
     def warning(self, values: dict[str, float]) -> str:
-        """Nothing: the triplet loss itself shows a collapse, by staying at its margin or log 2."""
+        """Nothing: in a collapse the triplet loss itself stays at its margin, or at log 2."""
         return ""
 
 

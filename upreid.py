@@ -164,14 +164,14 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
 
 def global_consistency(q: Tensor, o: Tensor, queue: Tensor, temperature: float) -> Tensor:
     """Symmetric KL between what q and o find similar in the queue [ours U2]: (B, d), (B, d), (K, d)
-    -> scalar. No gradient through o, the target: else both could agree by forgetting the clues.
+    -> scalar. o is a target: no gradient goes through it.
 
     [UP-ReID abstract]: augmented and original image should agree. The original has all the clues
     that augmentation may destroy; which other people it resembles is a target that contrast alone
     does not give. With P = softmax(q.n_i / T), R = softmax(o.n_i / T) over the queue, L = mean of
     (KL(P||R) + KL(R||P)) / 2. The form is that of CO2 (arXiv 2010.02217) [CO2], as the library
     lightly implements it; there, unlike here, P and R also have an entry for the positive, and
-    gradients reach both.
+    neither is detached.
     """
     log_p = (q @ queue.T / temperature).log_softmax(1)                       # (B, K)
     # o comes without a gradient; detached all the same, so that this function is right by itself
