@@ -25,8 +25,8 @@ Tags in brackets name sources: [iBOT] and [DINO] their code, [LUP] LUPerson's, [
 fine-tuning, [BoT] reid-strong-baseline's, [ours] a choice of this project, [from memory] and
 [secondary] that the source itself was not read (docs/paper-to-code.md).
 
-Read `Batches`, `PKSampler`, then `MultiCrop`; `load_dataset` when you need a set. Your own folders
-are read by extra/folders.py, image files by extra/files.py.
+Read `Batches`, `PKSampler`, then `MultiCrop`; `load_dataset`, at the end, reads a set from disk.
+Your own folders are read by extra/folders.py, image files by extra/files.py.
 """
 
 import argparse
@@ -53,7 +53,7 @@ Size = tuple[int, int]       # height, width
 Range = tuple[float, float]  # from, to
 
 # ---------------------------------------------------------------------------------------------
-# Datasets (at a first reading skip to `Batches`)
+# What a ReID set is
 # ---------------------------------------------------------------------------------------------
 
 
@@ -93,226 +93,8 @@ class Unlabelled(files.PathList):
         return Record(super().__getitem__(i), -1, -1)
 
 
-# Usual folders of public sets below --data-root
-PLACES = {
-    "market1501": ("Market-1501-v15.09.15", "market1501", "Market-1501"),
-    "msmt17": ("MSMT17_V1", "MSMT17_V2", "MSMT17", "msmt17"),
-    "cuhk03-np-labeled": ("cuhk03-np/labeled", "cuhk03_np/labeled", "labeled"),
-    "cuhk03-np-detected": ("cuhk03-np/detected", "cuhk03_np/detected", "detected"),
-    "dukemtmc-reid": ("DukeMTMC-reID", "dukemtmc-reid"),
-    "occluded-duke": ("Occluded_Duke", "occluded-duke"),
-    "personx": ("PersonX", "personx", "personx/subset1"),
-    "synthetic": ("synthetic",)}
-
-# (identities, images) of train, query and gallery as published: by the sets' own files or readmes,
-# DukeMTMC-reID's by loaders of it; PersonX's split is from memory, its identities are derived:
-# 5,136 queries / 6 cameras = 856 of 1,266 people.
-PUBLISHED = {
-    "market1501": ((751, 12_936), (750, 3_368), (751, 15_913)),
-    "msmt17": ((1_041, 32_621), (3_060, 11_659), (3_060, 82_161)),
-    "msmt17, train only": ((1_041, 30_248), (3_060, 11_659), (3_060, 82_161)),
-    "cuhk03-np-labeled": ((767, 7_368), (700, 1_400), (700, 5_328)),
-    "cuhk03-np-detected": ((767, 7_365), (700, 1_400), (700, 5_332)),
-    "dukemtmc-reid": ((702, 16_522), (702, 2_228), (1_110, 17_661)),
-    "occluded-duke": ((702, 15_618), (519, 2_210), (1_110, 17_661)),
-    "personx": ((410, 9_840), (856, 5_136), (856, 30_816))}
-NAMES = sorted([*PLACES, "cuhk03-np", "folder", "luperson"])
-
-
-def load_dataset(name: str, root: str | Path = "data", train_only: bool = False) -> Dataset:
-    """Read one ReID set below `root` (data folder or the set's own), print and check its counts.
-
-    name: one of NAMES, or the path of any folder of crops. "cuhk03-np" is its labeled half,
-    "synthetic" is rendered on first use, "folder" is the tree at `root` itself, "luperson"
-    unlabelled crops: a folder, or a text list of paths. train_only: MSMT17 without the val list.
-    Raises InputError when the set is missing, empty, or its names do not parse.
-    """
-    root = Path(root)
-    if name and name not in NAMES and Path(name).exists():
-        root = Path(name)
-        name = "folder"
-        # a list, or a folder called LUPerson: millions of crops, which are listed and never sorted
-        if root.is_file() or folders.LUPERSON.fullmatch(root.name.lower()):
-            name = "luperson"
-    if name == "cuhk03-np":
-        name = "cuhk03-np-labeled"
-    if name not in NAMES:
-        raise InputError(f"no dataset or folder is called {name!r}; did you mean "
-                         f"{folders.closest(name, NAMES)}?")
-    if name == "luperson":
-        dataset = load_unlabelled(root)
-    elif name == "msmt17":
-        root = folders.find(name, root, PLACES[name], "list_train.txt")
-        dataset = load_msmt17(root, train_only)
-    elif name == "folder":
-        dataset = load_splits(name, root)
-    else:
-        if name == "synthetic":
-            root = render_once(root)
-        root = folders.find(name, root, PLACES[name], "bounding_box_train", "bounding_box_test")
-        dataset = load_splits(name, root)
-    print(describe(dataset), flush=True)
-    return dataset
-
-
-def load_splits(name: str, root: Path) -> Dataset:
-    """Market-1501, the many sets that copied its three folders, and any tree of images.
-
-    In a folder of your own identity 0 is a person like any other, unlike Market's distractors.
-    """
-    must_have_cameras = name != "folder"
-    splits, has_cameras, note = folders.read_splits(root, must_have_cameras)
-    train, query, gallery = map(records_of, splits)
-    identified = any(record.pid >= 0 for record in train + query + gallery)
-    if identified:
-        train = relabel(train)
-    else:  # nobody to search for
-        query, gallery = [], []
-    return Dataset(name, root, train, query, gallery, has_cameras, note)
-
-
-def records_of(images: list[tuple[str, int, int]]) -> list[Record]:
-    """Records of (path, identity, camera), where cameras count from 1."""
-    return [Record(path, pid, camera - 1) for path, pid, camera in images]
-
-
-def render_once(root: Path) -> Path:
-    """<root>/synthetic, where synthetic people are rendered if it is absent or empty."""
-    if root.name != "synthetic":
-        root = root / "synthetic"
-    if not root.exists() or not any(root.iterdir()):
-        print(f"rendering synthetic people into {root}")
-        make_synthetic(root)
-    return root
-
-
-def load_msmt17(root: Path, train_only: bool) -> Dataset:
-    """MSMT17: four lists of "path identity" lines; folders tell V1 from V2 (faces masked).
-
-    Test identities start again at 0, yet they are other people than the training identities.
-    """
-    version = "V1"
-    train_images = root / "train"
-    test_images = root / "test"
-    if (root / "mask_train_v2").is_dir():
-        version = "V2 (faces masked)"
-        train_images = root / "mask_train_v2"
-        test_images = root / "mask_test_v2"
-    train = folders.read_msmt17_list(root / "list_train.txt", train_images)
-    note = f"{version}, trained on train only"
-    if not train_only:  # PersonViT and TransReID train on train + val, torchreid and fast-reid not
-        train += folders.read_msmt17_list(root / "list_val.txt", train_images)
-        note = f"{version}, trained on train + val"
-    query = folders.read_msmt17_list(root / "list_query.txt", test_images)
-    gallery = folders.read_msmt17_list(root / "list_gallery.txt", test_images)
-    return Dataset("msmt17", root, relabel(records_of(train)), records_of(query),
-                   records_of(gallery), note=note)
-
-
-def load_unlabelled(root: Path) -> Dataset:
-    """LUPerson, or any folder or list of crops: images to pre-train on."""
-    source, file, folder, note = folders.find_unlabelled(root)
-    return Dataset("luperson", source, Unlabelled(file, folder), [], [], note=note)
-
-
-def relabel(records: list[Record]) -> list[Record]:
-    """Identities become 0, 1, 2 ... in sorted order: the classifier has one output for each."""
-    pids = sorted({record.pid for record in records})
-    label = {pid: i for i, pid in enumerate(pids)}
-    return [record._replace(pid=label[record.pid]) for record in records]
-
-
-def some_identities(records: list[Record], share: float, seed: int) -> list[Record]:
-    """The images of a share of the identities, sampled by the seed and relabelled; all for 1.
-
-    A smaller share of the same seed is a part of a larger one.
-    """
-    if share == 1:
-        return records
-    pids = sorted({record.pid for record in records})
-    shuffled = np.random.default_rng(seed).permutation(pids).tolist()
-    kept = set(shuffled[:round(share * len(pids))])
-    return relabel([record for record in records if record.pid in kept])
-
-
-def hold_out(dataset: Dataset, n: int) -> Dataset:
-    """The dataset with n people taken out of training, who become its query and gallery: to choose
-    settings without looking at the test set.
-
-    They are sampled, by a seed that is always the same, from the people with images from two
-    cameras. Queries are one image from each of their cameras (cameras unknown: one image), the
-    gallery is the rest. Raises InputError for fewer than n such people.
-    """
-    cameras = {}  # identity -> camera -> images
-    for record in dataset.train:
-        if record.pid >= 0:  # else nobody knows whom it shows
-            cameras.setdefault(record.pid, {}).setdefault(record.camid, []).append(record)
-    eligible = [pid for pid in sorted(cameras) if len(cameras[pid]) > 1]
-    if len(eligible) < n:
-        raise InputError(f"--held-out {n}: of the people to train on {len(eligible)} have images "
-                         f"from two cameras")
-    random.Random(0).shuffle(eligible)  # so that a smaller n is a part of a larger one
-    held = set(eligible[:n])
-    rng = random.Random(1)
-    query = []
-    for pid in sorted(held):
-        shots = list(cameras[pid].values())
-        if not dataset.has_cameras:  # each image counts as its own camera
-            shots = shots[:1]
-        query += [rng.choice(images) for images in shots]
-    train = []
-    gallery = []
-    for record in dataset.train:
-        if record.pid not in held:
-            train.append(record)
-        elif record not in query:
-            gallery.append(record)
-    people = f"{n} held-out training people of {dataset.root.name}"
-    return replace(dataset, train=relabel(train), query=query, gallery=gallery, people=people)
-
-
-def describe(dataset: Dataset) -> str:
-    """Counts of each split beside the published ones, a loud line for every difference, and how one
-    name was read."""
-    lines = [f"{dataset.name} in {dataset.root}"]
-    if dataset.note:
-        lines[0] += f" - {dataset.note}"
-    if isinstance(dataset.train, Unlabelled):
-        return f"{lines[0]}\n  {len(dataset.train):,} unlabelled images"
-    name = dataset.name
-    if "train only" in dataset.note:  # as load_msmt17 writes
-        name += ", train only"
-    published = PUBLISHED.get(name, (None, None, None))
-    for split, expected in zip(("train", "query", "gallery"), published):
-        records = getattr(dataset, split)
-        ids = {record.pid for record in records if record.pid >= 0}
-        counts = (len(ids), len(records))
-        cameras = "no"
-        if dataset.has_cameras:
-            cameras = len({record.camid for record in records})
-        line = f"  {split:<8}{counts[0]:>6,} ids {counts[1]:>7,} images {cameras:>3} cameras"
-        if expected:
-            line += f"   expected {expected[0]:,} / {expected[1]:,}"
-        if expected and counts != expected:
-            line += "   DIFFERENT: do not compare with the papers"
-        lines.append(line)
-    examples = [*dataset.query, *dataset.train]
-    if examples:
-        record = examples[0]
-        path = os.path.relpath(record.path, dataset.root)
-        person = f"identity {record.pid}"
-        camera = f"camera {record.camid + 1}"
-        if not dataset.has_cameras:
-            person = " ".join(["identity", *folders.people_folders(path)[-1:]])
-            camera = "no camera"
-        if record.pid < 0:
-            person = "no identity"
-        lines.append(f"  for example {path}: {person}, {camera}")
-    return "\n".join(lines)
-
-
 # ---------------------------------------------------------------------------------------------
-# Images, and the processes that decode them
+# Batches of images, and the processes that decode them
 # ---------------------------------------------------------------------------------------------
 
 
@@ -904,6 +686,228 @@ class ContrastViews:
         x = blur(x, sigma)
         x = normalize(x, self.mean, self.std)
         return x.masked_fill(inside(params[:, 4:8], h, w), 0)
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading a ReID set from disk; holding people out
+# ---------------------------------------------------------------------------------------------
+
+# Usual folders of public sets below --data-root
+PLACES = {
+    "market1501": ("Market-1501-v15.09.15", "market1501", "Market-1501"),
+    "msmt17": ("MSMT17_V1", "MSMT17_V2", "MSMT17", "msmt17"),
+    "cuhk03-np-labeled": ("cuhk03-np/labeled", "cuhk03_np/labeled", "labeled"),
+    "cuhk03-np-detected": ("cuhk03-np/detected", "cuhk03_np/detected", "detected"),
+    "dukemtmc-reid": ("DukeMTMC-reID", "dukemtmc-reid"),
+    "occluded-duke": ("Occluded_Duke", "occluded-duke"),
+    "personx": ("PersonX", "personx", "personx/subset1"),
+    "synthetic": ("synthetic",)}
+
+# (identities, images) of train, query and gallery as published: by the sets' own files or readmes,
+# DukeMTMC-reID's by loaders of it; PersonX's split is from memory, its identities are derived:
+# 5,136 queries / 6 cameras = 856 of 1,266 people.
+PUBLISHED = {
+    "market1501": ((751, 12_936), (750, 3_368), (751, 15_913)),
+    "msmt17": ((1_041, 32_621), (3_060, 11_659), (3_060, 82_161)),
+    "msmt17, train only": ((1_041, 30_248), (3_060, 11_659), (3_060, 82_161)),
+    "cuhk03-np-labeled": ((767, 7_368), (700, 1_400), (700, 5_328)),
+    "cuhk03-np-detected": ((767, 7_365), (700, 1_400), (700, 5_332)),
+    "dukemtmc-reid": ((702, 16_522), (702, 2_228), (1_110, 17_661)),
+    "occluded-duke": ((702, 15_618), (519, 2_210), (1_110, 17_661)),
+    "personx": ((410, 9_840), (856, 5_136), (856, 30_816))}
+NAMES = sorted([*PLACES, "cuhk03-np", "folder", "luperson"])
+
+
+def load_dataset(name: str, root: str | Path = "data", train_only: bool = False) -> Dataset:
+    """Read one ReID set below `root` (data folder or the set's own), print and check its counts.
+
+    name: one of NAMES, or the path of any folder of crops. "cuhk03-np" is its labeled half,
+    "synthetic" is rendered on first use, "folder" is the tree at `root` itself, "luperson"
+    unlabelled crops: a folder, or a text list of paths. train_only: MSMT17 without the val list.
+    Raises InputError when the set is missing, empty, or its names do not parse.
+    """
+    root = Path(root)
+    if name and name not in NAMES and Path(name).exists():
+        root = Path(name)
+        name = "folder"
+        # a list, or a folder called LUPerson: millions of crops, which are listed and never sorted
+        if root.is_file() or folders.LUPERSON.fullmatch(root.name.lower()):
+            name = "luperson"
+    if name == "cuhk03-np":
+        name = "cuhk03-np-labeled"
+    if name not in NAMES:
+        raise InputError(f"no dataset or folder is called {name!r}; did you mean "
+                         f"{folders.closest(name, NAMES)}?")
+    if name == "luperson":
+        dataset = load_unlabelled(root)
+    elif name == "msmt17":
+        root = folders.find(name, root, PLACES[name], "list_train.txt")
+        dataset = load_msmt17(root, train_only)
+    elif name == "folder":
+        dataset = load_splits(name, root)
+    else:
+        if name == "synthetic":
+            root = render_once(root)
+        root = folders.find(name, root, PLACES[name], "bounding_box_train", "bounding_box_test")
+        dataset = load_splits(name, root)
+    print(describe(dataset), flush=True)
+    return dataset
+
+
+def load_splits(name: str, root: Path) -> Dataset:
+    """Market-1501, the many sets that copied its three folders, and any tree of images.
+
+    In a folder of your own identity 0 is a person like any other, unlike Market's distractors.
+    """
+    must_have_cameras = name != "folder"
+    splits, has_cameras, note = folders.read_splits(root, must_have_cameras)
+    train, query, gallery = map(records_of, splits)
+    identified = any(record.pid >= 0 for record in train + query + gallery)
+    if identified:
+        train = relabel(train)
+    else:  # nobody to search for
+        query, gallery = [], []
+    return Dataset(name, root, train, query, gallery, has_cameras, note)
+
+
+def records_of(images: list[tuple[str, int, int]]) -> list[Record]:
+    """Records of (path, identity, camera), where cameras count from 1."""
+    return [Record(path, pid, camera - 1) for path, pid, camera in images]
+
+
+def render_once(root: Path) -> Path:
+    """<root>/synthetic, where synthetic people are rendered if it is absent or empty."""
+    if root.name != "synthetic":
+        root = root / "synthetic"
+    if not root.exists() or not any(root.iterdir()):
+        print(f"rendering synthetic people into {root}")
+        make_synthetic(root)
+    return root
+
+
+def load_msmt17(root: Path, train_only: bool) -> Dataset:
+    """MSMT17: four lists of "path identity" lines; folders tell V1 from V2 (faces masked).
+
+    Test identities start again at 0, yet they are other people than the training identities.
+    """
+    version = "V1"
+    train_images = root / "train"
+    test_images = root / "test"
+    if (root / "mask_train_v2").is_dir():
+        version = "V2 (faces masked)"
+        train_images = root / "mask_train_v2"
+        test_images = root / "mask_test_v2"
+    train = folders.read_msmt17_list(root / "list_train.txt", train_images)
+    note = f"{version}, trained on train only"
+    if not train_only:  # PersonViT and TransReID train on train + val, torchreid and fast-reid not
+        train += folders.read_msmt17_list(root / "list_val.txt", train_images)
+        note = f"{version}, trained on train + val"
+    query = folders.read_msmt17_list(root / "list_query.txt", test_images)
+    gallery = folders.read_msmt17_list(root / "list_gallery.txt", test_images)
+    return Dataset("msmt17", root, relabel(records_of(train)), records_of(query),
+                   records_of(gallery), note=note)
+
+
+def load_unlabelled(root: Path) -> Dataset:
+    """LUPerson, or any folder or list of crops: images to pre-train on."""
+    source, file, folder, note = folders.find_unlabelled(root)
+    return Dataset("luperson", source, Unlabelled(file, folder), [], [], note=note)
+
+
+def relabel(records: list[Record]) -> list[Record]:
+    """Identities become 0, 1, 2 ... in sorted order: the classifier has one output for each."""
+    pids = sorted({record.pid for record in records})
+    label = {pid: i for i, pid in enumerate(pids)}
+    return [record._replace(pid=label[record.pid]) for record in records]
+
+
+def some_identities(records: list[Record], share: float, seed: int) -> list[Record]:
+    """The images of a share of the identities, sampled by the seed and relabelled; all for 1.
+
+    A smaller share of the same seed is a part of a larger one.
+    """
+    if share == 1:
+        return records
+    pids = sorted({record.pid for record in records})
+    shuffled = np.random.default_rng(seed).permutation(pids).tolist()
+    kept = set(shuffled[:round(share * len(pids))])
+    return relabel([record for record in records if record.pid in kept])
+
+
+def hold_out(dataset: Dataset, n: int) -> Dataset:
+    """The dataset with n people taken out of training, who become its query and gallery: to choose
+    settings without looking at the test set.
+
+    They are sampled, by a seed that is always the same, from the people with images from two
+    cameras. Queries are one image from each of their cameras (cameras unknown: one image), the
+    gallery is the rest. Raises InputError for fewer than n such people.
+    """
+    cameras = {}  # identity -> camera -> images
+    for record in dataset.train:
+        if record.pid >= 0:  # else nobody knows whom it shows
+            cameras.setdefault(record.pid, {}).setdefault(record.camid, []).append(record)
+    eligible = [pid for pid in sorted(cameras) if len(cameras[pid]) > 1]
+    if len(eligible) < n:
+        raise InputError(f"--held-out {n}: of the people to train on {len(eligible)} have images "
+                         f"from two cameras")
+    random.Random(0).shuffle(eligible)  # so that a smaller n is a part of a larger one
+    held = set(eligible[:n])
+    rng = random.Random(1)
+    query = []
+    for pid in sorted(held):
+        shots = list(cameras[pid].values())
+        if not dataset.has_cameras:  # each image counts as its own camera
+            shots = shots[:1]
+        query += [rng.choice(images) for images in shots]
+    train = []
+    gallery = []
+    for record in dataset.train:
+        if record.pid not in held:
+            train.append(record)
+        elif record not in query:
+            gallery.append(record)
+    people = f"{n} held-out training people of {dataset.root.name}"
+    return replace(dataset, train=relabel(train), query=query, gallery=gallery, people=people)
+
+
+def describe(dataset: Dataset) -> str:
+    """Counts of each split beside the published ones, a loud line for every difference, and how one
+    name was read."""
+    lines = [f"{dataset.name} in {dataset.root}"]
+    if dataset.note:
+        lines[0] += f" - {dataset.note}"
+    if isinstance(dataset.train, Unlabelled):
+        return f"{lines[0]}\n  {len(dataset.train):,} unlabelled images"
+    name = dataset.name
+    if "train only" in dataset.note:  # as load_msmt17 writes
+        name += ", train only"
+    published = PUBLISHED.get(name, (None, None, None))
+    for split, expected in zip(("train", "query", "gallery"), published):
+        records = getattr(dataset, split)
+        ids = {record.pid for record in records if record.pid >= 0}
+        counts = (len(ids), len(records))
+        cameras = "no"
+        if dataset.has_cameras:
+            cameras = len({record.camid for record in records})
+        line = f"  {split:<8}{counts[0]:>6,} ids {counts[1]:>7,} images {cameras:>3} cameras"
+        if expected:
+            line += f"   expected {expected[0]:,} / {expected[1]:,}"
+        if expected and counts != expected:
+            line += "   DIFFERENT: do not compare with the papers"
+        lines.append(line)
+    examples = [*dataset.query, *dataset.train]
+    if examples:
+        record = examples[0]
+        path = os.path.relpath(record.path, dataset.root)
+        person = f"identity {record.pid}"
+        camera = f"camera {record.camid + 1}"
+        if not dataset.has_cameras:
+            person = " ".join(["identity", *folders.people_folders(path)[-1:]])
+            camera = "no camera"
+        if record.pid < 0:
+            person = "no identity"
+        lines.append(f"  for example {path}: {person}, {camera}")
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -301,98 +301,6 @@ class ReIDModel(nn.Module):
         return feature
 
 
-def resize_positions(file: dict, backbone: nn.Module) -> tuple[dict[str, Tensor], str]:
-    """Tensors of a file's backbone, position embeddings resized to the backbone's grid if it has
-    another, and a text that says so.
-
-    file: what `formats.read_weights` returns, here and below. Its keys: base, tensors of the
-    backbone; neck, of BNNeck and classifier; recipe; grid, rows and columns of a ViT's patches;
-    kind, what the file is; dropped, names of tensors that are not used.
-    """
-    there = file["grid"]
-    here = getattr(backbone, "grid", None)
-    if not there or not here or there == here:
-        return file["base"], ""
-    pos = file["base"]["pos_embed"].float()                                  # (1, 1 + N, D)
-    pos = personvit.resize_pos_embed(pos, there, here)
-    resized = "; pos_embed resized {}x{} -> {}x{}".format(*there, *here)
-    return file["base"] | {"pos_embed": pos}, resized
-
-
-def fill(model: nn.Module, state: dict[str, Tensor], path: str | Path, file: dict,
-         problem: str) -> str:
-    """Load a file's tensors and say so; or raise InputError, and leave the model as it was.
-
-    problem: how the error begins, as "not all of resnet50".
-    """
-    differ = differences(model, state)
-    here = shapes(model.state_dict())
-    if differ:
-        raise InputError(f"{path}: {problem}; nothing was loaded: {len(differ)} of {len(here)} "
-                         f"tensors differ, first {differ[0]}")
-    model.load_state_dict({name: state[name] for name in here}, strict=False)
-    dropped = [name for name in file["neck"] if name not in state]
-    dropped += file["dropped"]
-    text = f"{path}: {file['kind']}; all {len(here)} weights loaded, dropped: {len(dropped)}"
-    if dropped:
-        text += f" ({', '.join(dropped[:3])})"
-    return text
-
-
-def differences(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
-    """In words, which tensors differ in shape, or are in the model or the file alone."""
-    here = shapes(model.state_dict())
-    there = shapes(state)
-    return [f"{name} is {there.get(name, 'absent')} there and {here.get(name, 'absent')} here"
-            for name in here | there if here.get(name) != there.get(name)]
-
-
-def shapes(state: dict[str, Tensor]) -> dict[str, tuple]:
-    """Shape of each tensor, without batch norm's counter of steps, which old files lack."""
-    return {name: tuple(tensor.shape) for name, tensor in state.items()
-            if "num_batches" not in name}
-
-
-def load_weights(path: str | Path, backbone: nn.Module) -> str:
-    """Fill a backbone from a weights file and say what was done; it is filled wholly or not at all.
-
-    Classifiers and heads are dropped; position embeddings are resized to the backbone's grid.
-    Raises InputError for a file that is damaged or of another network.
-    """
-    from extra import formats
-    file = formats.read_weights(path)
-    state, resized = resize_positions(file, backbone)
-    return fill(backbone, state, path, file, f"another --arch, {file['recipe']['arch']}") + resized
-
-
-def load_model(path: str | Path, /, **given) -> tuple[nn.Module, dict]:
-    """A model to evaluate, and how to use it: its recipe, {"arch", "size", "mean", "std",
-    "neck_feat", ...}.
-
-    A fine-tuned model (ours, TransReID's, PersonViT's) comes with its BNNeck, without classifier; a
-    pre-trained backbone gives its frozen feature. What a file does not say is assumed, and printed.
-    given: what to use in its place, as load_model(path, last_stride=2, norm="half"). Raises
-    InputError as `load_weights` does.
-    """
-    from extra import formats
-    file = formats.read_weights(path, formats.check_settings(given))
-    recipe, neck = file["recipe"], file["neck"]
-    if recipe["arch"] not in ARCHS:
-        raise InputError(f"{path}: its network, {recipe['arch']}, is none that can be evaluated "
-                         f"here, {', '.join(ARCHS)}; nothing was loaded")
-    model = build_backbone(recipe["arch"], tuple(recipe["size"]), stride=recipe["stride"],
-                           last_stride=recipe["last_stride"])
-    state, resized = resize_positions(file, model)
-    if neck:
-        model = ReIDModel(model, 1, recipe["neck_feat"])
-        model.classifier = nn.Identity()  # of training identities: ranking needs none
-        state = {f"base.{name}": tensor for name, tensor in state.items()}
-        state |= {name: neck[name] for name in neck if name != "classifier.weight"}
-    print(fill(model, state, path, file, f"not all of {recipe['arch']}") + resized)
-    print(f"{recipe['arch']} {formats.usage(file)}")
-    return model.eval(), recipe
-
-
 # ---------------------------------------------------------------------------------------------
 # Features
 # ---------------------------------------------------------------------------------------------
@@ -522,6 +430,103 @@ def filtered_ranking(q: Features, g: Features, i: int, tie: float = TIE) -> tupl
     order = torch.from_numpy(np.lexsort((own, distance)))  # by distance, then by own
     order = order[~junk[order]]
     return order, similarity[order]
+
+
+# ---------------------------------------------------------------------------------------------
+# Networks from weights files
+# ---------------------------------------------------------------------------------------------
+
+
+def load_weights(path: str | Path, backbone: nn.Module) -> str:
+    """Fill a backbone from a weights file and say what was done; it is filled wholly or not at all.
+
+    Classifiers and heads are dropped; position embeddings are resized to the backbone's grid.
+    Raises InputError for a file that is damaged or of another network.
+    """
+    from extra import formats
+    file = formats.read_weights(path)
+    state, resized = resize_positions(file, backbone)
+    return fill(backbone, state, path, file, f"another --arch, {file['recipe']['arch']}") + resized
+
+
+def load_model(path: str | Path, /, **given) -> tuple[nn.Module, dict]:
+    """A model to evaluate, and how to use it: its recipe, {"arch", "size", "mean", "std",
+    "neck_feat", ...}.
+
+    A fine-tuned model (ours, TransReID's, PersonViT's) comes with its BNNeck, without classifier; a
+    pre-trained backbone gives its frozen feature. What a file does not say is assumed, and printed.
+    given: what to use in its place, as load_model(path, last_stride=2, norm="half"). Raises
+    InputError as `load_weights` does.
+    """
+    from extra import formats
+    file = formats.read_weights(path, formats.check_settings(given))
+    recipe, neck = file["recipe"], file["neck"]
+    if recipe["arch"] not in ARCHS:
+        raise InputError(f"{path}: its network, {recipe['arch']}, is none that can be evaluated "
+                         f"here, {', '.join(ARCHS)}; nothing was loaded")
+    model = build_backbone(recipe["arch"], tuple(recipe["size"]), stride=recipe["stride"],
+                           last_stride=recipe["last_stride"])
+    state, resized = resize_positions(file, model)
+    if neck:
+        model = ReIDModel(model, 1, recipe["neck_feat"])
+        model.classifier = nn.Identity()  # of training identities: ranking needs none
+        state = {f"base.{name}": tensor for name, tensor in state.items()}
+        state |= {name: neck[name] for name in neck if name != "classifier.weight"}
+    print(fill(model, state, path, file, f"not all of {recipe['arch']}") + resized)
+    print(f"{recipe['arch']} {formats.usage(file)}")
+    return model.eval(), recipe
+
+
+def resize_positions(file: dict, backbone: nn.Module) -> tuple[dict[str, Tensor], str]:
+    """Tensors of a file's backbone, position embeddings resized to the backbone's grid if it has
+    another, and a text that says so.
+
+    file: what `formats.read_weights` returns, here and below. Its keys: base, tensors of the
+    backbone; neck, of BNNeck and classifier; recipe; grid, rows and columns of a ViT's patches;
+    kind, what the file is; dropped, names of tensors that are not used.
+    """
+    there = file["grid"]
+    here = getattr(backbone, "grid", None)
+    if not there or not here or there == here:
+        return file["base"], ""
+    pos = file["base"]["pos_embed"].float()                                  # (1, 1 + N, D)
+    pos = personvit.resize_pos_embed(pos, there, here)
+    resized = "; pos_embed resized {}x{} -> {}x{}".format(*there, *here)
+    return file["base"] | {"pos_embed": pos}, resized
+
+
+def fill(model: nn.Module, state: dict[str, Tensor], path: str | Path, file: dict,
+         problem: str) -> str:
+    """Load a file's tensors and say so; or raise InputError, and leave the model as it was.
+
+    problem: how the error begins, as "not all of resnet50".
+    """
+    differ = differences(model, state)
+    here = shapes(model.state_dict())
+    if differ:
+        raise InputError(f"{path}: {problem}; nothing was loaded: {len(differ)} of {len(here)} "
+                         f"tensors differ, first {differ[0]}")
+    model.load_state_dict({name: state[name] for name in here}, strict=False)
+    dropped = [name for name in file["neck"] if name not in state]
+    dropped += file["dropped"]
+    text = f"{path}: {file['kind']}; all {len(here)} weights loaded, dropped: {len(dropped)}"
+    if dropped:
+        text += f" ({', '.join(dropped[:3])})"
+    return text
+
+
+def differences(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
+    """In words, which tensors differ in shape, or are in the model or the file alone."""
+    here = shapes(model.state_dict())
+    there = shapes(state)
+    return [f"{name} is {there.get(name, 'absent')} there and {here.get(name, 'absent')} here"
+            for name in here | there if here.get(name) != there.get(name)]
+
+
+def shapes(state: dict[str, Tensor]) -> dict[str, tuple]:
+    """Shape of each tensor, without batch norm's counter of steps, which old files lack."""
+    return {name: tuple(tensor.shape) for name, tensor in state.items()
+            if "num_batches" not in name}
 
 
 # ---------------------------------------------------------------------------------------------
