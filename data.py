@@ -70,7 +70,7 @@ class Record(NamedTuple):
 @dataclass
 class Dataset:
     """Three lists of records. has_cameras: False when each image counts as its own camera. people:
-    who query and gallery show."""
+    who query and gallery show. published: whose counts are published, if not the name's."""
 
     name: str
     root: Path
@@ -80,6 +80,7 @@ class Dataset:
     has_cameras: bool = True
     note: str = ""
     people: str = "the test set"
+    published: str = ""
 
     def fingerprint(self) -> str:
         """Changes with the images' names and identities, not with the place of the folder."""
@@ -799,13 +800,15 @@ def load_msmt17(root: Path, train_only: bool) -> Dataset:
         test_images = root / "mask_test_v2"
     train = folders.read_msmt17_list(root / "list_train.txt", train_images)
     note = f"{version}, trained on train only"
+    published = "msmt17, train only"
     if not train_only:  # PersonViT and TransReID train on train + val, torchreid and fast-reid not
         train += folders.read_msmt17_list(root / "list_val.txt", train_images)
         note = f"{version}, trained on train + val"
+        published = "msmt17"
     query = folders.read_msmt17_list(root / "list_query.txt", test_images)
     gallery = folders.read_msmt17_list(root / "list_gallery.txt", test_images)
     return Dataset("msmt17", root, relabel(records_of(train)), records_of(query),
-                   records_of(gallery), note=note)
+                   records_of(gallery), note=note, published=published)
 
 
 def load_unlabelled(root: Path) -> Dataset:
@@ -878,10 +881,7 @@ def describe(dataset: Dataset) -> str:
         lines[0] += f" - {dataset.note}"
     if isinstance(dataset.train, Unlabelled):
         return f"{lines[0]}\n  {len(dataset.train):,} unlabelled images"
-    name = dataset.name
-    if "train only" in dataset.note:  # as load_msmt17 writes
-        name += ", train only"
-    published = PUBLISHED.get(name, (None, None, None))
+    published = PUBLISHED.get(dataset.published or dataset.name, (None, None, None))
     for split, expected in zip(("train", "query", "gallery"), published):
         records = getattr(dataset, split)
         ids = {record.pid for record in records if record.pid >= 0}

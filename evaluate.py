@@ -419,14 +419,14 @@ def rank_splits(q: Features, g: Features, ap: str, rerank: bool = False) -> Rank
                          rerank=rerank, q_files=q.files, g_files=g.files)
 
 
-def filtered_ranking(q: Features, g: Features, i: int, tie: float = TIE) -> tuple[Tensor, Tensor]:
+def filtered_ranking(q: Features, g: Features, i: int) -> tuple[Tensor, Tensor]:
     """Gallery indices of query i, nearest first, and their cosine similarities: what a rank list
     shows. The rules of `matches_of` and `ranks_of` in another form: junk is left out, and at equal
     distance other people come first."""
     similarity = g.feats @ q.feats[i]                                        # (G,)
     own = g.pids == q.pids[i]
     junk = own & ((g.camids == q.camids[i]) | (g.files == q.files[i]))
-    distance = torch.where(own, -similarity + tie, -similarity)
+    distance = torch.where(own, -similarity + TIE, -similarity)
     order = torch.from_numpy(np.lexsort((own, distance)))  # by distance, then by own
     order = order[~junk[order]]
     return order, similarity[order]

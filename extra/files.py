@@ -125,7 +125,7 @@ def write_atomic(file: Path, write) -> None:
         cause = error.__context__ or error
         if hint(cause):  # a worker was killed meanwhile
             raise cause
-        reason = str(error).partition("\n")[0]
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise InputError(f"{file}: cannot be written ({reason}); is the disk full?") from None
 
 

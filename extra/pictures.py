@@ -100,10 +100,10 @@ def draw_ranks(file: str | Path, dataset, result, q, g, rows: int = 8, columns: 
     # `evaluate` gives an image number for a camera where cameras do not count
     cameras = dataset.has_cameras and g.camids.tolist() == [r.camid for r in dataset.gallery]
     left_out = "same person from same camera" if cameras else "the query image itself"
-    G = len(g.pids)
     chosen = f"{len(table)} of {len(valid):,} valid queries, evenly spread, good and bad"
-    rank_page(file, f"{dataset.name}: nearest {min(columns, G)} of {G:,} gallery images; "
-                    f"{left_out} left out", f"below: camera, cosine distance; {chosen}", table)
+    rank_page(file, f"{dataset.name}: nearest {min(columns, len(g.pids))} of {len(g.pids):,} "
+                    f"gallery images; {left_out} left out",
+              f"below: camera, cosine distance; {chosen}", table)
 
 
 def draw_search(file: str | Path, title: str, query: str, best: list[tuple[str, float]]) -> None:

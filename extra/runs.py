@@ -244,7 +244,7 @@ class Meter:
         self.records = records
         self.run = run
         self.world = runtime.world
-        self.compiled = runtime.backend
+        self.backend = runtime.backend
         self.broken: set[int] = set()
         self.reset()
 
@@ -263,7 +263,7 @@ class Meter:
             self.waited += time.perf_counter() - start
             self.images += len(batch["images"]) * self.world
             self.broken.update(batch["replaced"])
-            if self.compiled:
+            if self.backend:
                 torch.compiler.cudagraph_mark_step_begin()
             yield batch
             start = time.perf_counter()

@@ -76,18 +76,24 @@ def test_command_parses(page, command, monkeypatch):
         parse(words, monkeypatch)
 
 
-def test_lines_of_python_run(tmp_path, monkeypatch):
-    """On a model and photos under the names that they use."""
+def lines_with_a_model(which: int, folder) -> str:
+    """Lines of Python of docs/data-and-weights.md, and a model in a folder, under the name that they use."""
     import evaluate
 
-    block, _ = re.findall(r"```python\n(.*?)```", PAGES["docs/data-and-weights.md"], re.S)
-    assert len(block.splitlines()) == 5
-    weights = tmp_path / re.search(r'"(.*\.pth)"', block)[1]
+    block = re.findall(r"```python\n(.*?)```", PAGES["docs/data-and-weights.md"], re.S)[which]
+    weights = folder / re.search(r'"(.*\.pth)"', block)[1]
     weights.parent.mkdir(parents=True)
     reading = {"size": (32, 16), "mean": [0.5] * 3, "std": [0.5] * 3}
     model = evaluate.ReIDModel(evaluate.build_backbone("vit_mini", reading["size"]), 3)
     torch.save({"format": "reid-model", "model": model.state_dict(),
-                "recipe": {"arch": "vit_mini", "neck_feat": "before", **reading}}, weights)
+                "recipe": {"arch": "vit_mini", "neck_feat": "after", **reading}}, weights)
+    return block
+
+
+def test_lines_of_python_run(tmp_path, monkeypatch):
+    """On photos under the names that they use."""
+    block = lines_with_a_model(0, tmp_path)
+    assert len(block.splitlines()) == 5
     for i, name in enumerate(re.findall(r'"(\w+\.jpg)"', block)):
         write_image(tmp_path / name, i)
     monkeypatch.chdir(tmp_path)
@@ -99,16 +105,8 @@ def test_lines_of_python_run(tmp_path, monkeypatch):
 
 def test_lines_that_export_run(tmp_path, monkeypatch, capsys):
     """... and what is exported gives the features of one image, though it was exported with two."""
-    import evaluate
-
-    _, block = re.findall(r"```python\n(.*?)```", PAGES["docs/data-and-weights.md"], re.S)
+    block = lines_with_a_model(1, tmp_path)
     assert len([line for line in block.splitlines() if line and "import" not in line]) == 6
-    weights = tmp_path / re.search(r'"(.*\.pth)"', block)[1]
-    weights.parent.mkdir(parents=True)
-    reading = {"size": (32, 16), "mean": [0.5] * 3, "std": [0.5] * 3}
-    model = evaluate.ReIDModel(evaluate.build_backbone("vit_mini", reading["size"]), 3)
-    torch.save({"format": "reid-model", "model": model.state_dict(),
-                "recipe": {"arch": "vit_mini", "neck_feat": "after", **reading}}, weights)
     monkeypatch.chdir(tmp_path)
     exec(block, {})
     difference = float(re.search(r"tensor\(([\d.e-]+)", capsys.readouterr().out.splitlines()[-1])[1])
